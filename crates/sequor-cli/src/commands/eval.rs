@@ -1,0 +1,29 @@
+//! `sequor eval perplexity`.
+
+use super::model::{load_options, resolve};
+use crate::args::EvalPerplexity;
+use crate::exit::{Result, failure, usage};
+use sequor_text::TextPipeline;
+
+/// Scores a text.
+pub fn run(a: &EvalPerplexity) -> Result {
+    let loading = load_options(&a.model)?;
+    if a.stride == 0 || a.context < 2 || a.stride >= a.context {
+        return Err(usage("--context must be at least 2 and --stride between 1 and context - 1"));
+    }
+    let bytes = std::fs::read(&a.text).map_err(|e| failure(format!("{}: {e}", a.text.display())))?;
+    let text = String::from_utf8(bytes)
+        .map_err(|e| failure(format!("{}: not UTF-8 (first bad byte at {})", a.text.display(), e.utf8_error().valid_up_to())))?;
+    let pipeline = TextPipeline::load(&resolve(&a.model.model, a.model.offline)?, &loading)?;
+    let score = pipeline.perplexity(&text, a.context, a.stride, a.max_tokens)?;
+    println!(
+        "{} tokens, {} bytes: {:.4} nats/token, perplexity {:.3}, {:.4} bits/byte",
+        score.tokens, score.bytes, score.nats_per_token(), score.perplexity(), score.bits_per_byte()
+    );
+    if a.json {
+        let line = serde_json::json!({"tokens": score.tokens, "bytes": score.bytes, "nats_per_token": score.nats_per_token(),
+            "perplexity": score.perplexity(), "bits_per_byte": score.bits_per_byte(), "dtype": a.model.dtype, "model": a.model.model});
+        println!("{line}");
+    }
+    Ok(())
+}

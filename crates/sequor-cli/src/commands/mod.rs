@@ -1,0 +1,33 @@
+//! One module per command.
+
+mod bench;
+mod catalog;
+mod chat;
+mod demo;
+mod doctor;
+mod eval;
+mod forward;
+mod generate;
+mod inspect;
+mod model;
+mod train;
+
+use crate::args::{Bench, CatalogKind, Command, Eval, Generate, Train};
+use crate::exit::Result;
+
+/// Runs a command.
+pub fn run(command: Command) -> Result {
+    match command {
+        Command::Generate(Generate::Text(a)) => generate::run(&a),
+        Command::Chat(a) => chat::run(&a),
+        Command::Inspect(a) => inspect::run(&a),
+        Command::Doctor(a) => doctor::run(&a),
+        Command::Forward(a) => forward::run(&a),
+        Command::Bench(Bench::Decode(a)) => bench::run(&a),
+        Command::Train(Train::Lm(a)) => train::run(&a),
+        Command::Eval(Eval::Perplexity(a)) => eval::run(&a),
+        Command::Models(a) => catalog::run(CatalogKind::Models, &a),
+        Command::Data(a) => catalog::run(CatalogKind::Data, &a),
+        Command::Demo(a) => demo::run(&a),
+    }
+}

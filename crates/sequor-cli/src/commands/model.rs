@@ -1,0 +1,52 @@
+//! Finding and loading the model that an option names.
+
+use crate::args::{ModelArgs, SamplingArgs, SpeculateArgs};
+use crate::exit::{Result, usage};
+use sequor_data::Resolver;
+use sequor_nn::device::{DType, parse_device};
+use sequor_text::{LoadOptions, TextOptions, TextPipeline};
+use std::path::PathBuf;
+
+/// The path of a model by name, fetched when it must be.
+pub fn resolve(name: &str, offline: bool) -> Result<PathBuf> {
+    let found = Resolver::from_env().offline(offline).resolve_model(name).map_err(sequor_text::Error::from)?;
+    Ok(found.path)
+}
+
+/// Checks the options of a model before anything is fetched or loaded.
+pub fn load_options(a: &ModelArgs) -> Result<LoadOptions> {
+    if a.threads == Some(0) {
+        return Err(usage("--threads must be at least 1"));
+    }
+    Ok(LoadOptions { dtype: a.dtype.parse::<DType>().map_err(usage)?, device: parse_device(&a.device).map_err(usage)?, threads: a.threads })
+}
+
+/// Checks the options of a generation before anything is fetched or loaded.
+pub fn text_options(s: &SamplingArgs, d: &SpeculateArgs) -> Result<TextOptions> {
+    let options = TextOptions {
+        temperature: s.temperature,
+        top_k: s.top_k,
+        top_p: s.top_p,
+        min_p: s.min_p,
+        typical_p: s.typical_p,
+        repetition_penalty: s.repetition_penalty,
+        seed: s.seed,
+        max_new_tokens: s.max_new_tokens,
+        stop: s.stop.clone(),
+        ignore_eos: s.ignore_eos,
+        speculate: d.speculate.parse()?,
+        depth: d.draft_depth.parse()?,
+        ..TextOptions::default()
+    };
+    options.validate()?;
+    Ok(options)
+}
+
+/// Loads the pipeline, and the draft model when the method names one.
+pub fn load(a: &ModelArgs, load: &LoadOptions, options: &TextOptions) -> Result<TextPipeline> {
+    let mut pipeline = TextPipeline::load(&resolve(&a.model, a.offline)?, load)?;
+    if let Some(draft) = options.speculate.draft_model() {
+        pipeline.load_draft(&resolve(draft, a.offline)?, load)?;
+    }
+    Ok(pipeline)
+}

@@ -1,0 +1,106 @@
+//! Measured memory read bandwidth: the limit of batch-1 decoding, where each token
+//! reads every weight once.
+
+use std::hint::black_box;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Larger than the last-level cache of most machines.
+const MOST_PER_THREAD: usize = 128 << 20;
+/// All threads together; shared out where there are many.
+const MOST_IN_ALL: usize = 1 << 30;
+const MOST_THREADS: usize = 512;
+
+/// Reads memory with `threads` threads for about `budget` and returns the rate of
+/// the best pass, in bytes per second. Uses 128 MiB per thread, 1 GiB in all at
+/// most. At least one pass is made whatever the budget. 0 if there is no memory.
+#[must_use]
+pub fn measure_read(threads: usize, budget: Duration) -> f64 {
+    let threads = threads.clamp(1, MOST_THREADS);
+    let bytes = MOST_PER_THREAD.min(MOST_IN_ALL / threads);
+    let start = Instant::now();
+    let Some(mut buffers) = allocate(threads, bytes / size_of::<u64>()) else {
+        return 0.0;
+    };
+    // Pages that were never written all share one page of zeros.
+    on_each(buffers.iter_mut().collect(), |buffer| buffer.fill(3));
+    let mut best = 0f64;
+    loop {
+        let pass = Instant::now();
+        on_each(buffers.iter().collect(), |buffer| {
+            black_box(sum(buffer));
+        });
+        let seconds = pass.elapsed().as_secs_f64().max(1e-9);
+        best = best.max((threads * bytes) as f64 / seconds);
+        // Stop before a pass that would end after the budget.
+        if start.elapsed() + pass.elapsed() > budget {
+            return best;
+        }
+    }
+}
+
+fn allocate(buffers: usize, words: usize) -> Option<Vec<Vec<u64>>> {
+    let one = || {
+        let mut buffer = Vec::new();
+        buffer.try_reserve_exact(words).ok()?;
+        buffer.resize(words, 0);
+        Some(buffer)
+    };
+    (0..buffers).map(|_| one()).collect()
+}
+
+/// Runs `work` on each item in a thread of its own, the last one here.
+fn on_each<T: Send>(mut items: Vec<T>, work: impl Fn(T) + Sync) {
+    let mine = items.pop();
+    thread::scope(|scope| {
+        for item in items {
+            // A system that gives no more threads has that much less bandwidth.
+            let _handle = thread::Builder::new().spawn_scoped(scope, || work(item));
+        }
+        if let Some(item) = mine {
+            work(item);
+        }
+    });
+}
+
+/// Wrapping sum over independent lanes, so that only memory limits it.
+fn sum(words: &[u64]) -> u64 {
+    let mut lanes = [0u64; 32];
+    let (chunks, rest) = words.as_chunks::<32>();
+    for chunk in chunks {
+        for (lane, &word) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.wrapping_add(word);
+        }
+    }
+    rest.iter()
+        .chain(&lanes)
+        .fold(0, |sum, &word| sum.wrapping_add(word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_everything() {
+        for n in [0, 1, 31, 32, 33, 100] {
+            let words: Vec<u64> = (1..=n).collect();
+            assert_eq!(sum(&words), n * (n + 1) / 2);
+        }
+        assert_eq!(sum(&[u64::MAX, 2]), 1);
+    }
+
+    #[test]
+    fn every_item_is_worked_on_once() {
+        let mut items = [0; 5];
+        on_each(items.iter_mut().collect(), |x| *x += 1);
+        assert_eq!(items, [1; 5]);
+    }
+
+    #[test]
+    fn measures_at_least_one_pass() {
+        let rate = measure_read(0, Duration::ZERO);
+        // From a very slow to an impossibly fast memory.
+        assert!((1e7..1e13).contains(&rate), "{rate}");
+    }
+}

@@ -1,0 +1,169 @@
+//! Linear layers: `y = x W^T + b`.
+
+use crate::{Error, Init, ParamBuilder, Result};
+use tch::{Kind, Tensor};
+
+/// How the weight of a linear layer is kept.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Storage {
+    /// One dense matrix `[out, in]` in f32, f16 or bf16.
+    Dense(Tensor),
+}
+
+/// A linear layer. Input and output are f32; the weight is in its own format.
+#[derive(Debug)]
+pub struct Linear {
+    storage: Storage,
+    bias: Option<Tensor>,
+    input: i64,
+    output: i64,
+}
+
+impl Linear {
+    /// Parameters `weight` `[output, input]`, and `bias` `[output]` when asked for.
+    ///
+    /// # Errors
+    /// When a weight file cannot be read.
+    pub fn new(p: &ParamBuilder, input: i64, output: i64, bias: bool, init: Init) -> Result<Self> {
+        let weight = p.matrix("weight", &[output, input], init)?;
+        let bias = if bias { Some(p.matrix("bias", &[output], Init::Zeros)?) } else { None };
+        Ok(Self { storage: Storage::Dense(weight), bias, input, output })
+    }
+
+    /// A layer over an existing matrix `[output, input]`, such as a tied embedding.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when `weight` is not a matrix.
+    pub fn from_weight(weight: Tensor) -> Result<Self> {
+        let size = weight.size();
+        let [output, input] = size[..] else {
+            return Err(Error::Input(format!("a linear layer needs a matrix, and this tensor is {size:?}")));
+        };
+        Ok(Self { storage: Storage::Dense(weight), bias: None, input, output })
+    }
+
+    /// Several layers over the same input as one, outputs side by side: one pass
+    /// over memory and one call instead of several. For inference only: the
+    /// joined matrix is a copy.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when inputs differ or only some layers have a bias.
+    pub fn join(parts: &[Self]) -> Result<Self> {
+        let input = parts.first().map_or(0, |l| l.input);
+        if parts.iter().any(|l| l.input != input || l.bias.is_some() != parts.iter().all(|l| l.bias.is_some())) {
+            return Err(Error::Config("layers to be joined must share their input and their use of biases".into()));
+        }
+        let weights: Vec<&Tensor> = parts.iter().map(|Self { storage: Storage::Dense(w), .. }| w).collect();
+        let biases: Vec<&Tensor> = parts.iter().filter_map(|l| l.bias.as_ref()).collect();
+        let bias = if biases.is_empty() { None } else { Some(Tensor::f_cat(&biases, 0)?) };
+        let output = parts.iter().map(|l| l.output).sum();
+        Ok(Self { storage: Storage::Dense(Tensor::f_cat(&weights, 0)?), bias, input, output })
+    }
+
+    /// Length of the input rows.
+    pub fn input(&self) -> i64 {
+        self.input
+    }
+
+    /// Length of the output rows.
+    pub fn output(&self) -> i64 {
+        self.output
+    }
+
+    /// Bytes of weights that one pass reads.
+    pub fn bytes(&self) -> usize {
+        let Storage::Dense(w) = &self.storage;
+        w.numel() * w.kind().elt_size_in_bytes()
+    }
+
+    /// `x`: `[.., input]` f32; gives `[.., output]` f32.
+    ///
+    /// # Errors
+    /// When the last dimension is not `input`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let Storage::Dense(w) = &self.storage;
+        if w.kind() == Kind::Float {
+            return Ok(x.f_linear(w, self.bias.as_ref())?);
+        }
+        Ok(x.f_to_kind(w.kind())?.f_linear(w, self.bias.as_ref())?.f_to_kind(Kind::Float)?)
+    }
+}
+
+/// Several linear layers over one input: joined into one matrix for inference,
+/// kept apart for training so that every parameter keeps its published name.
+#[derive(Debug)]
+pub struct Joined {
+    parts: Vec<Linear>,
+    widths: Vec<i64>,
+}
+
+impl Joined {
+    /// Takes the layers in the order of their outputs; `join` makes one matrix of them.
+    ///
+    /// # Errors
+    /// As [`Linear::join`].
+    pub fn new(parts: Vec<Linear>, join: bool) -> Result<Self> {
+        let widths = parts.iter().map(Linear::output).collect();
+        let uniform = parts.iter().all(|l| l.bias.is_some()) || parts.iter().all(|l| l.bias.is_none());
+        let parts = if join && uniform { vec![Linear::join(&parts)?] } else { parts };
+        Ok(Self { parts, widths })
+    }
+
+    /// Widths of the outputs, in order.
+    pub fn widths(&self) -> &[i64] {
+        &self.widths
+    }
+
+    /// `x`: `[.., input]`; gives `[.., sum of widths]`.
+    ///
+    /// # Errors
+    /// When the last dimension does not fit.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if let [only] = &self.parts[..] {
+            return only.forward(x);
+        }
+        let outs: Vec<Tensor> = self.parts.iter().map(|l| l.forward(x)).collect::<Result<_>>()?;
+        Ok(Tensor::f_cat(&outs, -1)?)
+    }
+
+    /// Bytes of weights that one pass reads.
+    pub fn bytes(&self) -> usize {
+        self.parts.iter().map(Linear::bytes).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    #[test]
+    fn joined_layers_equal_separate_ones() {
+        for bias in [false, true] {
+            let p = ParamBuilder::init(7, Kind::Float, Device::Cpu);
+            let layers = || -> Vec<Linear> {
+                [3, 2, 4]
+                    .iter()
+                    .enumerate()
+                    .map(|(i, &n)| Linear::new(&p.pp(i), 5, n, bias, Init::Normal(1.0)).unwrap())
+                    .collect()
+            };
+            let x = Tensor::from_slice(&[0.5f32, -1.0, 2.0, 0.1, 0.7]).reshape([1, 5]);
+            let apart = Joined::new(layers(), false).unwrap().forward(&x).unwrap();
+            let joined = Joined::new(layers(), true).unwrap();
+            assert_eq!(joined.bytes(), 4 * 9 * 5);
+            let diff = (apart - joined.forward(&x).unwrap()).abs().max().double_value(&[]);
+            assert!(diff < 1e-6, "{diff}");
+        }
+    }
+
+    #[test]
+    fn sixteen_bit_weights_take_and_give_f32() {
+        let p = ParamBuilder::init(7, Kind::BFloat16, Device::Cpu);
+        let l = Linear::new(&p, 4, 3, true, Init::Normal(1.0)).unwrap();
+        let y = l.forward(&Tensor::ones([2, 4], (Kind::Float, Device::Cpu))).unwrap();
+        assert_eq!((y.kind(), y.size()), (Kind::Float, vec![2, 3]));
+        assert!(l.forward(&Tensor::ones([2, 5], (Kind::Float, Device::Cpu))).is_err());
+    }
+}

@@ -1,0 +1,145 @@
+//! Drafters: cheap guesses at what comes next.
+//!
+//! A drafter proposes a [`DraftTree`]; what it proposes can only change the speed of a
+//! generation, never its distribution, provided that it says truthfully where each unit
+//! came from ([`Proposal`](crate::tree::Proposal)).
+//!
+//! A rule for stopping early may use what is known *before* a unit is drawn (entropy or
+//! largest probability of the draft law). Throwing away a unit after it was drawn because
+//! it looks unlikely is not allowed: what survives is no longer distributed as the law
+//! that is handed to the verifier, and the output is biased.
+
+mod model;
+mod none;
+mod prompt_lookup;
+
+use sequor_kernels::rng::Key;
+use sequor_nn::Tensor;
+
+use crate::Result;
+use crate::tree::DraftTree;
+
+pub use model::{DraftMode, DraftModel};
+pub use none::NoDraft;
+pub use prompt_lookup::PromptLookup;
+
+/// What a drafter may look at.
+#[derive(Clone, Copy, Debug)]
+pub struct DraftContext<'a> {
+    /// Prompt and generated tokens. The target has not yet seen the last of them.
+    pub tokens: &'a [u32],
+    /// How many of them are the prompt.
+    pub prompt_len: usize,
+    /// Largest total length of the sequence.
+    pub max_length: usize,
+    /// Tokens that end the sequence.
+    pub eos: &'a [u32],
+    /// Random numbers of the request; drafts use [`Purpose::Draft`] at the position of
+    /// the drafted token.
+    ///
+    /// [`Purpose::Draft`]: sequor_kernels::rng::Purpose::Draft
+    pub key: Key,
+    /// Hidden features of the target, `[rows, dim]`: one row for each token that the
+    /// target took in since the last call, in order; only for drafters that ask for them.
+    pub features: Option<&'a Tensor>,
+}
+
+/// How much may be proposed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// Longest path.
+    pub depth: usize,
+    /// Number of nodes.
+    pub nodes: usize,
+}
+
+impl Budget {
+    /// A chain of at most `depth` tokens.
+    #[must_use]
+    pub fn chain(depth: usize) -> Self {
+        Self { depth, nodes: depth }
+    }
+}
+
+/// What became of a proposal.
+#[derive(Clone, Copy, Debug)]
+pub struct Feedback<'a> {
+    /// The proposal.
+    pub tree: &'a DraftTree,
+    /// Its accepted nodes.
+    pub path: &'a [usize],
+    /// All tokens that were added to the sequence, the target's own included.
+    pub added: &'a [u32],
+}
+
+/// A source of guesses.
+pub trait Drafter {
+    /// A short name for reports.
+    fn name(&self) -> &str;
+
+    /// Guesses at what follows `ctx.tokens`, within `budget`. An empty tree means "no
+    /// idea" and costs the target nothing.
+    ///
+    /// # Errors
+    /// When the drafter itself fails.
+    fn propose(&mut self, ctx: &DraftContext<'_>, budget: Budget) -> Result<DraftTree>;
+
+    /// Hears what became of the last proposal.
+    fn observe(&mut self, _feedback: &Feedback<'_>) {}
+
+    /// Forgets the sequence.
+    fn reset(&mut self);
+
+    /// Whether proposals are drawn at random. Then the depth of a draft changes which
+    /// random numbers decide a token, so that only a fixed depth repeats an output.
+    fn is_random(&self) -> bool {
+        false
+    }
+
+    /// Whether the target's hidden features are wanted.
+    fn wants_features(&self) -> bool {
+        false
+    }
+}
+
+impl<D: Drafter + ?Sized> Drafter for &mut D {
+    fn name(&self) -> &str {
+        (**self).name()
+    }
+    fn propose(&mut self, ctx: &DraftContext<'_>, budget: Budget) -> Result<DraftTree> {
+        (**self).propose(ctx, budget)
+    }
+    fn observe(&mut self, feedback: &Feedback<'_>) {
+        (**self).observe(feedback);
+    }
+    fn reset(&mut self) {
+        (**self).reset();
+    }
+    fn is_random(&self) -> bool {
+        (**self).is_random()
+    }
+    fn wants_features(&self) -> bool {
+        (**self).wants_features()
+    }
+}
+
+impl<D: Drafter + ?Sized> Drafter for Box<D> {
+    fn name(&self) -> &str {
+        (**self).name()
+    }
+    fn propose(&mut self, ctx: &DraftContext<'_>, budget: Budget) -> Result<DraftTree> {
+        (**self).propose(ctx, budget)
+    }
+    fn observe(&mut self, feedback: &Feedback<'_>) {
+        (**self).observe(feedback);
+    }
+    fn reset(&mut self) {
+        (**self).reset();
+    }
+    fn is_random(&self) -> bool {
+        (**self).is_random()
+    }
+    fn wants_features(&self) -> bool {
+        (**self).wants_features()
+    }
+}

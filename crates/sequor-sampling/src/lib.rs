@@ -1,0 +1,30 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod distribution;
+pub mod draft;
+pub mod error;
+pub mod generate;
+pub mod mirostat;
+mod nn_state;
+pub mod processors;
+pub mod state;
+pub mod stats;
+pub mod target;
+pub mod tree;
+pub mod verify;
+
+#[cfg(test)]
+mod tests;
+
+pub use config::{GenerationConfig, TokenIds};
+pub use distribution::{Categorical, Law};
+pub use draft::{DraftModel, Drafter, PromptLookup};
+pub use error::{Error, Result};
+pub use generate::{DepthPolicy, FinishReason, Generation, Generator, Options, Report, Session};
+pub use processors::{LogitsProcessor, Processor, ProcessorList};
+pub use sequor_kernels::rng::{Key, Purpose, Stream};
+pub use state::SequenceState;
+pub use target::{Layout, LogitRows, Logits, Output, Step, TargetModel};
+pub use tree::{DraftTree, Proposal};

@@ -1,0 +1,21 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+pub mod bench;
+mod error;
+mod forward;
+mod inspect;
+mod options;
+mod pipeline;
+mod score;
+mod stream;
+pub mod train;
+
+pub use error::{Error, Result};
+pub use forward::forward;
+pub use inspect::{Inspection, TensorLine, inspect};
+pub use options::{Depth, LoadOptions, Speculate, TextOptions};
+pub use pipeline::TextPipeline;
+pub use sequor_sampling::{FinishReason, Report};
+pub use sequor_tokenizers::Message;
+pub use stream::{Generation, TextStream};

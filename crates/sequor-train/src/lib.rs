@@ -1,0 +1,25 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+pub mod checkpoint;
+pub mod clip;
+pub mod collective;
+pub mod ema;
+mod error;
+mod files;
+pub mod flat;
+pub mod grads;
+pub mod log;
+pub mod optim;
+pub mod plot;
+pub mod progress;
+pub mod schedule;
+pub mod state;
+pub mod trainer;
+
+pub use collective::Collective;
+pub use error::{Error, Result};
+pub use optim::{AdamW, AdamWOptions};
+pub use progress::{Bar, Progress, Silent};
+pub use schedule::{Schedule, Shape};
+pub use trainer::{Ended, MicroLoss, Outcome, StepCtx, Task, TrainOptions, Trainer, Workplace};

@@ -1,0 +1,1 @@
+//! Programs that use the Sequor crates; see `examples/`.
