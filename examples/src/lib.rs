@@ -1,1 +1,3 @@
-//! Programs that use the Sequor crates; see `examples/`.
+//! Programs that use the Sequor crates: see the folder `examples`.
+
+#![forbid(unsafe_code)]

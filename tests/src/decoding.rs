@@ -112,7 +112,7 @@ fn speculative(case: &Value, inputs: &BTreeMap<String, Tensor>) -> Result<Output
                 let block = BTreeMap::from([(name.to_owned(), t.f_get(i)?)]);
                 rows(&block, name)?
                     .iter()
-                    .map(|row| Ok(Categorical::from_scores(&row.iter().map(|&x| x as f32).collect::<Vec<_>>())?))
+                    .map(|row| Ok(Categorical::from_scores(row.iter().map(|&x| x as f32).collect::<Vec<_>>())?))
                     .collect()
             })
             .collect()

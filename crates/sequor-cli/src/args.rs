@@ -223,9 +223,15 @@ pub struct TrainLm {
     /// Model folder to write [default: the recipe's folder]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Begin again, even when checkpoints are there
+    /// Begin again: checkpoints of an earlier run are removed
     #[arg(long)]
     pub restart: bool,
+    /// Seconds between checkpoints
+    #[arg(long, default_value_t = 180, value_name = "SECONDS")]
+    pub save_every: u64,
+    /// Leave the checkpoints in the folder when training is done
+    #[arg(long)]
+    pub keep_checkpoints: bool,
     /// Threads for arithmetic [default: the recipe's, else the machine's cores]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,

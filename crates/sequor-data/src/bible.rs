@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::text::Document;
 use canon::{BookSpec, KJV, NRSV_ONE_MORE, OLD};
 use module::Slots;
+pub use module::TestamentFiles;
 
 /// How the verses of a module are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,13 +65,18 @@ pub struct Book {
 impl Book {
     /// The text of a verse.
     pub fn verse(&self, chapter: u16, verse: u16) -> Option<&str> {
-        let at = self.verses.binary_search_by_key(&(chapter, verse), |v| (v.chapter, v.verse)).ok()?;
+        let at = self
+            .verses
+            .binary_search_by_key(&(chapter, verse), |v| (v.chapter, v.verse))
+            .ok()?;
         Some(&self.verses[at].text)
     }
 
     /// The chapters in order, each with its verses.
     pub fn chapters(&self) -> impl Iterator<Item = (u16, &[Verse])> {
-        self.verses.chunk_by(|a, b| a.chapter == b.chapter).filter_map(|c| Some((c.first()?.chapter, c)))
+        self.verses
+            .chunk_by(|a, b| a.chapter == b.chapter)
+            .filter_map(|c| Some((c.first()?.chapter, c)))
     }
 }
 
@@ -103,18 +109,60 @@ impl Bible {
         Self::open_as(&module_folder(dir)?, &KJV, OLD, &NRSV_ONE_MORE)
     }
 
-    fn open_as(dir: &Path, canon: &[BookSpec], old: usize, one_more: &[(&str, usize)]) -> Result<Self> {
-        let (old_specs, new_specs) = canon.split_at(old);
+    /// Reads a module whose files are in memory already.
+    ///
+    /// # Errors
+    /// As [`Bible::open`].
+    pub fn from_files(old: Option<&TestamentFiles>, new: Option<&TestamentFiles>) -> Result<Self> {
+        Self::new(old, new, Path::new(""), &KJV, OLD, &NRSV_ONE_MORE)
+    }
+
+    fn open_as(
+        dir: &Path,
+        canon: &[BookSpec],
+        old_books: usize,
+        one_more: &[(&str, usize)],
+    ) -> Result<Self> {
+        let [old, new] = ["ot", "nt"].map(|t| TestamentFiles::read(dir, t));
+        Self::new(
+            old?.as_ref(),
+            new?.as_ref(),
+            dir,
+            canon,
+            old_books,
+            one_more,
+        )
+    }
+
+    fn new(
+        old: Option<&TestamentFiles>,
+        new: Option<&TestamentFiles>,
+        dir: &Path,
+        canon: &[BookSpec],
+        old_books: usize,
+        one_more: &[(&str, usize)],
+    ) -> Result<Self> {
+        let slots = |files: Option<&TestamentFiles>, name: &str| {
+            files.map(|f| Slots::new(f, &dir.join(name))).transpose()
+        };
+        let (old_specs, new_specs) = canon.split_at(old_books);
         let parts = [
-            (Slots::open(dir, "ot")?, old_specs, Testament::Old),
-            (Slots::open(dir, "nt")?, new_specs, Testament::New),
+            (slots(old, "ot")?, old_specs, Testament::Old),
+            (slots(new, "nt")?, new_specs, Testament::New),
         ];
         // Both testaments must agree on one way of counting.
         let fits = |v: Versification| -> Result<bool> {
             let mut all = true;
             for (slots, specs, testament) in &parts {
                 if let Some(slots) = slots {
-                    let layout = layout(specs, if v == Versification::Nrsv { one_more } else { &[] });
+                    let layout = layout(
+                        specs,
+                        if v == Versification::Nrsv {
+                            one_more
+                        } else {
+                            &[]
+                        },
+                    );
                     // Only the Old Testament has books after the last one here.
                     let length = match testament {
                         Testament::Old => slots.len() >= layout.len(),
@@ -133,7 +181,11 @@ impl Bible {
             }
         }
 
-        let mut bible = Self { versification, books: Vec::new(), other: Vec::new() };
+        let mut bible = Self {
+            versification,
+            books: Vec::new(),
+            other: Vec::new(),
+        };
         for (slots, specs, testament) in &parts {
             let Some(slots) = slots else { continue };
             let layout = match versification {
@@ -142,7 +194,9 @@ impl Bible {
                 None => Vec::new(),
             };
             if versification.is_some() {
-                bible.books.extend(read_books(slots, specs, *testament, &layout)?);
+                bible
+                    .books
+                    .extend(read_books(slots, specs, *testament, &layout)?);
             }
             for i in layout.len()..slots.len() {
                 bible.other.extend(flat_verse(slots.get(i)?));
@@ -187,9 +241,17 @@ impl Bible {
         let document = |book: &Book, chapter: u16, verses: &[Verse]| Document {
             name: format!("{} {chapter}", book.name),
             group: book.name.to_owned(),
-            text: verses.iter().map(|v| v.text.as_str()).collect::<Vec<_>>().join(separator),
+            text: verses
+                .iter()
+                .map(|v| v.text.as_str())
+                .collect::<Vec<_>>()
+                .join(separator),
         };
-        Ok(self.books.iter().flat_map(|b| b.chapters().map(|(c, v)| document(b, c, v))).collect())
+        Ok(self
+            .books
+            .iter()
+            .flat_map(|b| b.chapters().map(|(c, v)| document(b, c, v)))
+            .collect())
     }
 }
 
@@ -209,9 +271,14 @@ fn layout(books: &[BookSpec], one_more: &[(&str, usize)]) -> Vec<Slot> {
     for (book, spec) in books.iter().enumerate() {
         slots.push(Slot::Heading);
         for (chapter, &verses) in (1_u16..).zip(spec.verses) {
-            let more = one_more.iter().any(|&(osis, c)| osis == spec.osis && c == usize::from(chapter));
+            let more = one_more
+                .iter()
+                .any(|&(osis, c)| osis == spec.osis && c == usize::from(chapter));
             slots.push(Slot::Chapter(book, chapter));
-            slots.extend((1..=u16::from(verses) + u16::from(more)).map(|verse| Slot::Verse(book, chapter, verse)));
+            slots.extend(
+                (1..=u16::from(verses) + u16::from(more))
+                    .map(|verse| Slot::Verse(book, chapter, verse)),
+            );
         }
     }
     slots
@@ -221,7 +288,9 @@ fn layout(books: &[BookSpec], one_more: &[(&str, usize)]) -> Vec<Slot> {
 /// The heading of a book may hold anything, even all of another book.
 fn marks_agree(slots: &Slots, specs: &[BookSpec], layout: &[Slot]) -> Result<bool> {
     for (i, slot) in layout.iter().enumerate() {
-        let Some(mark) = markup::chapter_start(slots.get(i)?) else { continue };
+        let Some(mark) = markup::chapter_start(slots.get(i)?) else {
+            continue;
+        };
         let agrees = match *slot {
             Slot::Heading => true,
             Slot::Chapter(book, chapter) => mark == format!("{}.{chapter}", specs[book].osis),
@@ -234,16 +303,30 @@ fn marks_agree(slots: &Slots, specs: &[BookSpec], layout: &[Slot]) -> Result<boo
     Ok(true)
 }
 
-fn read_books(slots: &Slots, specs: &[BookSpec], testament: Testament, layout: &[Slot]) -> Result<Vec<Book>> {
+fn read_books(
+    slots: &Slots,
+    specs: &[BookSpec],
+    testament: Testament,
+    layout: &[Slot],
+) -> Result<Vec<Book>> {
     let mut books: Vec<Book> = specs
         .iter()
-        .map(|s| Book { name: s.name, osis: s.osis, testament, verses: Vec::new() })
+        .map(|s| Book {
+            name: s.name,
+            osis: s.osis,
+            testament,
+            verses: Vec::new(),
+        })
         .collect();
     for (i, slot) in layout.iter().enumerate() {
         if let Slot::Verse(book, chapter, verse) = *slot {
             let text = markup::plain(slots.get(i)?);
             if !text.is_empty() {
-                books[book].verses.push(Verse { chapter, verse, text });
+                books[book].verses.push(Verse {
+                    chapter,
+                    verse,
+                    text,
+                });
             }
         }
     }
@@ -253,8 +336,12 @@ fn read_books(slots: &Slots, specs: &[BookSpec], testament: Testament, layout: &
 
 /// The text of a slot that may be a heading.
 fn flat_verse(osis: &str) -> Option<String> {
-    let heading = markup::chapter_start(osis).is_some() || osis.contains("x-importer") || is_book_heading(osis);
-    (!heading).then(|| markup::plain(osis)).filter(|text| !text.is_empty())
+    let heading = markup::chapter_start(osis).is_some()
+        || osis.contains("x-importer")
+        || is_book_heading(osis);
+    (!heading)
+        .then(|| markup::plain(osis))
+        .filter(|text| !text.is_empty())
 }
 
 fn is_book_heading(osis: &str) -> bool {
@@ -284,7 +371,11 @@ fn module_folder(dir: &Path) -> Result<PathBuf> {
             "{} holds no SWORD zText module (files ot.bzs, ot.bzv, ot.bzz or nt.*)",
             dir.display()
         ))),
-        _ => Err(Error::Input(format!("{} holds {} modules; name the folder of one", dir.display(), found.len()))),
+        _ => Err(Error::Input(format!(
+            "{} holds {} modules; name the folder of one",
+            dir.display(),
+            found.len()
+        ))),
     }
 }
 

@@ -147,7 +147,9 @@ fn lock(path: &Path, name: &str, progress: &dyn Progress) -> Result<Option<File>
             Err(TryLockError::WouldBlock) => {}
         }
         if !told {
-            progress.notice(&format!("another process is fetching {name}; waiting for it"));
+            progress.notice(&format!(
+                "another process is fetching {name}; waiting for it"
+            ));
             told = true;
         }
         if progress.cancelled() {
@@ -160,7 +162,9 @@ fn lock(path: &Path, name: &str, progress: &dyn Progress) -> Result<Option<File>
 /// Removes what killed processes left behind. Called with the lock held. Failing
 /// to tidy up is no reason to fail.
 fn remove_leftovers(shelf: &Path, prefix: &str) {
-    let Ok(entries) = fs::read_dir(shelf) else { return };
+    let Ok(entries) = fs::read_dir(shelf) else {
+        return;
+    };
     for entry in entries.flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
@@ -184,8 +188,10 @@ mod tests {
     }
 
     fn names(dir: &Path) -> Vec<String> {
-        let mut v: Vec<_> =
-            fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut v: Vec<_> = fs::read_dir(dir)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         v.sort();
         v
     }
@@ -193,10 +199,22 @@ mod tests {
     #[test]
     fn xdg_wins_then_home_and_relative_paths_do_not_count() {
         let os = |s: &str| Some(OsString::from(s));
-        assert_eq!(Cache::from_vars(os("/x"), os("/h")).unwrap().root(), Path::new("/x/sequor"));
-        assert_eq!(Cache::from_vars(None, os("/h")).unwrap().root(), Path::new("/h/.cache/sequor"));
-        assert_eq!(Cache::from_vars(os("rel"), os("/h")).unwrap().root(), Path::new("/h/.cache/sequor"));
-        assert_eq!(Cache::from_vars(os(""), os("/h")).unwrap().root(), Path::new("/h/.cache/sequor"));
+        assert_eq!(
+            Cache::from_vars(os("/x"), os("/h")).unwrap().root(),
+            Path::new("/x/sequor")
+        );
+        assert_eq!(
+            Cache::from_vars(None, os("/h")).unwrap().root(),
+            Path::new("/h/.cache/sequor")
+        );
+        assert_eq!(
+            Cache::from_vars(os("rel"), os("/h")).unwrap().root(),
+            Path::new("/h/.cache/sequor")
+        );
+        assert_eq!(
+            Cache::from_vars(os(""), os("/h")).unwrap().root(),
+            Path::new("/h/.cache/sequor")
+        );
         let message = Cache::from_vars(None, None).unwrap_err().to_string();
         assert!(message.contains("XDG_CACHE_HOME"), "{message}");
     }
@@ -220,7 +238,9 @@ mod tests {
         let cache = Cache::at(dir.path());
         fs::create_dir_all(dir.path().join("data/.d-x1.partial/files")).unwrap();
         fs::create_dir_all(dir.path().join("data/d/wrong")).unwrap();
-        let path = cache.install(Kind::Dataset, "d", &Silent, has_a, put("ok")).unwrap();
+        let path = cache
+            .install(Kind::Dataset, "d", &Silent, has_a, put("ok"))
+            .unwrap();
         assert_eq!(path, cache.entry(Kind::Dataset, "d"));
         assert_eq!(names(&path), ["a"]);
         assert_eq!(names(&dir.path().join("data")), [".d.lock", "d"]);
@@ -253,7 +273,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), "").unwrap();
         let cache = Cache::at(dir.path().join("file/sequor"));
-        let error = cache.install(Kind::Model, "m", &Silent, has_a, put("x")).unwrap_err();
+        let error = cache
+            .install(Kind::Model, "m", &Silent, has_a, put("x"))
+            .unwrap_err();
         assert!(matches!(error, Error::Unwritable { .. }), "{error:?}");
         assert!(error.to_string().contains("XDG_CACHE_HOME"));
     }

@@ -112,7 +112,12 @@ impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Hub { repo, .. } => write!(f, "the hub repository {repo}"),
-            Self::Package { client, package, version, .. } => write!(f, "the {client} package {package} {version}"),
+            Self::Package {
+                client,
+                package,
+                version,
+                ..
+            } => write!(f, "the {client} package {package} {version}"),
         }
     }
 }
@@ -163,7 +168,9 @@ impl Entry {
             let path = folder.join(f.path);
             match f.path.ends_with('/') {
                 true => path.is_dir(),
-                false => path.metadata().is_ok_and(|m| m.is_file() && m.len() == f.bytes),
+                false => path
+                    .metadata()
+                    .is_ok_and(|m| m.is_file() && m.len() == f.bytes),
             }
         })
     }
@@ -426,7 +433,11 @@ static DATASETS: [Entry; 4] = [
             package: "emoji-datasource-twitter",
             version: "16.0.0",
             download_bytes: 61_683_754,
-            members: &["package/emoji.json", "package/LICENSE", "package/img/twitter/64/"],
+            members: &[
+                "package/emoji.json",
+                "package/LICENSE",
+                "package/img/twitter/64/",
+            ],
         }],
     },
 ];
@@ -446,11 +457,20 @@ mod tests {
                 assert!(!e.files.is_empty() && !e.origins.is_empty());
                 for f in e.files {
                     assert_eq!(f.sha256.len(), 64);
-                    assert!(f.sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')));
+                    assert!(
+                        f.sha256
+                            .bytes()
+                            .all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+                    );
                     assert!(f.bytes > 0 && !f.path.starts_with('/') && !f.path.contains(".."));
                 }
                 for o in e.origins {
-                    assert_eq!(o.members().len(), e.files.len(), "{}: one member for each file", e.name);
+                    assert_eq!(
+                        o.members().len(),
+                        e.files.len(),
+                        "{}: one member for each file",
+                        e.name
+                    );
                     for (m, f) in o.members().iter().zip(e.files) {
                         assert_eq!(m.ends_with('/'), f.path.ends_with('/'));
                     }
@@ -464,6 +484,9 @@ mod tests {
     #[test]
     fn the_notice_names_size_and_licence() {
         let line = find(Kind::Model, "smollm2").unwrap().licence_notice();
-        assert!(line.contains("98.4 MB") && line.contains("Apache-2.0"), "{line}");
+        assert!(
+            line.contains("98.4 MB") && line.contains("Apache-2.0"),
+            "{line}"
+        );
     }
 }

@@ -55,12 +55,14 @@ pub enum Error {
         message: String,
     },
     /// The network, or the far side, did not answer as hoped.
-    #[error("{what} could not be fetched: {reason}")]
+    #[error("{what} could not be fetched: {reason}. {remedy}")]
     Network {
         /// What was to be fetched.
         what: String,
-        /// What happened, and what else can be done.
+        /// What happened.
         reason: String,
+        /// What else can be done.
+        remedy: String,
     },
     /// None of the origins of a catalogue entry worked.
     #[error("'{name}' could not be fetched from any of its origins:{list}", list = origin_list(attempts))]
@@ -71,7 +73,9 @@ pub enum Error {
         attempts: Vec<Error>,
     },
     /// A fetched file is not the one that was pinned.
-    #[error("{file} from {origin} is not the pinned file: expected SHA-256 {expected} ({expected_bytes} bytes), found {found} ({found_bytes} bytes). Nothing was kept; the origin may have published a new version")]
+    #[error(
+        "{file} from {origin} is not the pinned file: expected SHA-256 {expected} ({expected_bytes} bytes), found {found} ({found_bytes} bytes). Nothing was kept; the origin may have published a new version"
+    )]
     Hash {
         /// The file within the entry.
         file: String,
@@ -132,12 +136,18 @@ pub enum Error {
 impl Error {
     /// An [`Error::Io`] for reading `path`.
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+        Self::Io {
+            path: path.into(),
+            source,
+        }
     }
 
     /// An [`Error::Format`] for `path`.
     pub fn format(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
-        Self::Format { path: path.into(), reason: reason.into() }
+        Self::Format {
+            path: path.into(),
+            reason: reason.into(),
+        }
     }
 
     /// The error of a failed write: a full disk and a forbidden folder have
@@ -146,16 +156,30 @@ impl Error {
         let path = path.to_owned();
         match source.kind() {
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::DiskFull { path },
-            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem | ErrorKind::NotADirectory => {
-                Self::Unwritable { path, source }
-            }
+            ErrorKind::PermissionDenied
+            | ErrorKind::ReadOnlyFilesystem
+            | ErrorKind::NotADirectory => Self::Unwritable { path, source },
             _ => Self::Io { path, source },
+        }
+    }
+
+    /// The error without advice, for the case that something else is tried.
+    pub(crate) fn in_short(&self) -> String {
+        match self {
+            Self::Network { what, reason, .. } => format!("{what} could not be fetched: {reason}"),
+            Self::Hash { file, origin, .. } => {
+                format!("{file} from {origin} is not the pinned file")
+            }
+            other => other.to_string(),
         }
     }
 
     /// Whether trying another origin is pointless: the reason lies on this side.
     pub(crate) fn is_local(&self) -> bool {
-        matches!(self, Self::DiskFull { .. } | Self::Unwritable { .. } | Self::Cancelled | Self::Io { .. })
+        matches!(
+            self,
+            Self::DiskFull { .. } | Self::Unwritable { .. } | Self::Cancelled | Self::Io { .. }
+        )
     }
 }
 

@@ -130,7 +130,10 @@ impl Resolver {
     pub fn from_env() -> Self {
         let paths = |name: &str| split_paths(std::env::var_os(name));
         let here = std::env::current_dir().unwrap_or_default();
-        let exe = std::env::current_exe().ok().and_then(|e| e.parent().map(Path::to_owned)).unwrap_or_default();
+        let exe = std::env::current_exe()
+            .ok()
+            .and_then(|e| e.parent().map(Path::to_owned))
+            .unwrap_or_default();
         Self {
             offline: false,
             extra_dirs: Vec::new(),
@@ -201,7 +204,11 @@ impl Resolver {
     }
 
     fn resolve_hub(&self, name: &str, model: &HubRef) -> Result<Resolved> {
-        let found = |path, origin| Resolved { path, name: name.to_owned(), origin };
+        let found = |path, origin| Resolved {
+            path,
+            name: name.to_owned(),
+            origin,
+        };
         if let Some(path) = self.hub.cached(model) {
             return Ok(found(path, Found::HubCache));
         }
@@ -216,7 +223,13 @@ impl Resolver {
     }
 
     fn resolve(&self, kind: Kind, name: &str) -> Result<Resolved> {
-        let found = |path, origin| Ok(Resolved { path, name: name.to_owned(), origin });
+        let found = |path, origin| {
+            Ok(Resolved {
+                path,
+                name: name.to_owned(),
+                origin,
+            })
+        };
         if let Some(path) = as_path(kind, name)? {
             return found(path, Found::Path);
         }
@@ -231,18 +244,26 @@ impl Resolver {
                 return found(path, origin);
             }
         }
-        let Some(entry) = catalog::find(kind, name) else { return Err(self.unknown(kind, name)) };
+        let Some(entry) = catalog::find(kind, name) else {
+            return Err(self.unknown(kind, name));
+        };
         if let Some(cache) = &self.cache {
             let folder = cache.entry(kind, name);
             if entry.is_complete(&folder) {
                 return found(entry.path_in(&folder), Found::Cache);
             }
             if folder.symlink_metadata().is_ok() {
-                self.progress.notice(&format!("{} is incomplete and will be replaced", folder.display()));
+                self.progress.notice(&format!(
+                    "{} is incomplete and will be replaced",
+                    folder.display()
+                ));
             }
         }
         if self.offline {
-            return Err(Error::Offline { name: name.to_owned(), how: how_to_fetch(entry) });
+            return Err(Error::Offline {
+                name: name.to_owned(),
+                how: how_to_fetch(entry),
+            });
         }
         let (folder, origin) = self.fetch(entry)?;
         found(entry.path_in(&folder), origin)
@@ -254,10 +275,17 @@ impl Resolver {
     /// [`Error::Offline`] and the errors of fetching.
     pub fn fetch_entry(&self, entry: &Entry) -> Result<Resolved> {
         if self.offline {
-            return Err(Error::Offline { name: entry.name.to_owned(), how: how_to_fetch(entry) });
+            return Err(Error::Offline {
+                name: entry.name.to_owned(),
+                how: how_to_fetch(entry),
+            });
         }
         let (folder, origin) = self.fetch(entry)?;
-        Ok(Resolved { path: entry.path_in(&folder), name: entry.name.to_owned(), origin })
+        Ok(Resolved {
+            path: entry.path_in(&folder),
+            name: entry.name.to_owned(),
+            origin,
+        })
     }
 
     fn fetch(&self, entry: &Entry) -> Result<(PathBuf, Found)> {
@@ -266,9 +294,17 @@ impl Resolver {
         if entry.is_complete(&folder) {
             return Ok((folder, Found::Cache));
         }
-        let fetcher = Fetcher { cache, clients: &self.clients, hub: &self.hub, progress: &*self.progress };
+        let fetcher = Fetcher {
+            cache,
+            clients: &self.clients,
+            hub: &self.hub,
+            progress: &*self.progress,
+        };
         let (folder, origin) = fetcher.fetch(entry)?;
-        Ok((folder, origin.map_or(Found::Cache, |o| Found::Fetched(o.to_string()))))
+        Ok((
+            folder,
+            origin.map_or(Found::Cache, |o| Found::Fetched(o.to_string())),
+        ))
     }
 
     /// Computes the hashes of a fetched entry again.
@@ -289,14 +325,21 @@ impl Resolver {
     pub fn list(&self, kind: Kind) -> Vec<Listed> {
         let mut listed: Vec<Listed> = Vec::new();
         for (dir, _) in self.places(kind) {
-            let Ok(entries) = fs::read_dir(&dir) else { continue };
+            let Ok(entries) = fs::read_dir(&dir) else {
+                continue;
+            };
             for entry in entries.flatten() {
-                let Ok(name) = entry.file_name().into_string() else { continue };
+                let Ok(name) = entry.file_name().into_string() else {
+                    continue;
+                };
                 if !entry.path().is_dir() {
                     continue;
                 }
                 let known = listed.iter().any(|l| l.name == name);
-                let Some(path) = usable(kind, &entry.path()).filter(|_| is_name(&name) && !known) else { continue };
+                let Some(path) = usable(kind, &entry.path()).filter(|_| is_name(&name) && !known)
+                else {
+                    continue;
+                };
                 // A folder of data says nothing by itself: only known names count.
                 let fetchable = catalog::find(kind, &name);
                 if kind == Kind::Dataset && fetchable.is_none() {
@@ -309,7 +352,11 @@ impl Resolver {
             if listed.iter().any(|l| l.name == entry.name) {
                 continue;
             }
-            let folder = self.cache.as_ref().map(|c| c.entry(kind, entry.name)).filter(|f| entry.is_complete(f));
+            let folder = self
+                .cache
+                .as_ref()
+                .map(|c| c.entry(kind, entry.name))
+                .filter(|f| entry.is_complete(f));
             listed.push(Listed {
                 name: entry.name.to_owned(),
                 description: entry.description.to_owned(),
@@ -328,12 +375,18 @@ impl Resolver {
             Kind::Model => &self.model_dirs,
             Kind::Dataset => &self.data_dirs,
         };
-        let named = self.extra_dirs.iter().chain(env).map(|d| (d.clone(), Found::Named(d.clone())));
+        let named = self
+            .extra_dirs
+            .iter()
+            .chain(env)
+            .map(|d| (d.clone(), Found::Named(d.clone())));
         let bundled: &[PathBuf] = match kind {
             Kind::Model => &self.bundled_dirs,
             Kind::Dataset => &[],
         };
-        let bundled = bundled.iter().map(|d| (d.clone(), Found::Bundled(d.clone())));
+        let bundled = bundled
+            .iter()
+            .map(|d| (d.clone(), Found::Bundled(d.clone())));
         named.chain(bundled).collect()
     }
 
@@ -347,16 +400,28 @@ impl Resolver {
                 Kind::Model => "a config.json, a single .gguf file, or (as a file) weights",
                 Kind::Dataset => "any files",
             };
-            return Error::Input(format!("'{name}' is there, but it is not a {kind}: it does not hold {wants}"));
+            return Error::Input(format!(
+                "'{name}' is there, but it is not a {kind}: it does not hold {wants}"
+            ));
         }
         let names: Vec<String> = self.list(kind).into_iter().map(|l| l.name).collect();
-        Error::UnknownName { kind, name: name.to_owned(), nearest: nearest(name, &names) }
+        Error::UnknownName {
+            kind,
+            name: name.to_owned(),
+            nearest: nearest(name, &names),
+        }
     }
 }
 
 /// The folders of a path list, without empty parts.
 fn split_paths(value: Option<OsString>) -> Vec<PathBuf> {
-    value.map(|v| std::env::split_paths(&v).filter(|p| !p.as_os_str().is_empty()).collect()).unwrap_or_default()
+    value
+        .map(|v| {
+            std::env::split_paths(&v)
+                .filter(|p| !p.as_os_str().is_empty())
+                .collect()
+        })
+        .unwrap_or_default()
 }
 
 /// The `models` folders in `start` and in its parents up to the root of the
@@ -365,13 +430,20 @@ fn split_paths(value: Option<OsString>) -> Vec<PathBuf> {
 fn models_beside(start: &Path, parents: usize) -> Vec<PathBuf> {
     let is_root = |dir: &Path| ROOT_MARKS.iter().any(|mark| dir.join(mark).exists());
     let height = start.ancestors().position(is_root).unwrap_or(parents);
-    start.ancestors().take(height + 1).map(|dir| dir.join("models")).filter(|dir| dir.is_dir()).collect()
+    start
+        .ancestors()
+        .take(height + 1)
+        .map(|dir| dir.join("models"))
+        .filter(|dir| dir.is_dir())
+        .collect()
 }
 
 /// Names are plain words; everything else is a path.
 fn is_name(name: &str) -> bool {
     (1..=96).contains(&name.len())
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
         && !name.starts_with('.')
 }
 
@@ -387,7 +459,9 @@ fn as_path(kind: Kind, name: &str) -> Result<Option<PathBuf>> {
         Ok(_) if is_name(name) => Ok(usable(kind, path)),
         Ok(meta) if meta.is_dir() => Ok(Some(only_gguf(path).unwrap_or_else(|| path.to_owned()))),
         Ok(meta) if meta.is_file() => Ok(Some(path.to_owned())),
-        Ok(_) => Err(Error::Input(format!("'{name}' is neither a file nor a folder"))),
+        Ok(_) => Err(Error::Input(format!(
+            "'{name}' is neither a file nor a folder"
+        ))),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound || is_name(name) => Ok(None),
         Err(e) => Err(Error::io(path, e)),
     }
@@ -410,7 +484,10 @@ fn usable(kind: Kind, path: &Path) -> Option<PathBuf> {
         return only_gguf(path);
     }
     // A folder that happens to be called like a known data set is not it.
-    let known = path.file_name().and_then(|n| n.to_str()).and_then(|n| catalog::find(kind, n));
+    let known = path
+        .file_name()
+        .and_then(|n| n.to_str())
+        .and_then(|n| catalog::find(kind, n));
     match known {
         Some(entry) => entry.is_complete(path).then(|| path.to_owned()),
         None => fs::read_dir(path).ok()?.next().map(|_| path.to_owned()),
@@ -432,7 +509,9 @@ fn only_gguf(folder: &Path) -> Option<PathBuf> {
 }
 
 fn has_extension(path: &Path, any: &[&str]) -> bool {
-    path.extension().and_then(|e| e.to_str()).is_some_and(|e| any.contains(&e))
+    path.extension()
+        .and_then(|e| e.to_str())
+        .is_some_and(|e| any.contains(&e))
 }
 
 /// Reads what a folder says about itself: the model card's first line of prose,
@@ -445,7 +524,10 @@ fn describe(name: String, path: PathBuf, folder: &Path, entry: Option<&Entry>) -
         if line == "---" && (i == 0 || front_matter) {
             front_matter = i == 0;
         } else if front_matter {
-            licence = line.strip_prefix("license:").map(|l| l.trim().to_owned()).or(licence);
+            licence = line
+                .strip_prefix("license:")
+                .map(|l| l.trim().to_owned())
+                .or(licence);
         } else if !line.is_empty() && !line.starts_with('#') {
             description = Some(line.to_owned());
             break;
@@ -462,7 +544,9 @@ fn describe(name: String, path: PathBuf, folder: &Path, entry: Option<&Entry>) -
     };
     Listed {
         name,
-        description: description.or_else(|| entry.map(|e| e.description.to_owned())).unwrap_or_default(),
+        description: description
+            .or_else(|| entry.map(|e| e.description.to_owned()))
+            .unwrap_or_default(),
         licence: licence.or_else(|| entry.map(|e| e.licence.to_owned())),
         size_bytes,
         path: Some(path),
@@ -483,7 +567,9 @@ fn how_to_fetch(entry: &Entry) -> String {
 /// `owner/name` is how the hub's own tools write it.
 fn hub_hint(kind: Kind, name: &str) -> String {
     match HubRef::parse(name) {
-        Ok(model) if kind == Kind::Model => format!("; for a model from the Hugging Face hub write {model}"),
+        Ok(model) if kind == Kind::Model => {
+            format!("; for a model from the Hugging Face hub write {model}")
+        }
         _ => String::new(),
     }
 }
@@ -501,7 +587,11 @@ fn nearest(name: &str, names: &[String]) -> Vec<String> {
         })
         .collect();
     scored.sort();
-    scored.into_iter().take(3).map(|(_, known)| known.clone()).collect()
+    scored
+        .into_iter()
+        .take(3)
+        .map(|(_, known)| known.clone())
+        .collect()
 }
 
 /// Levenshtein's distance, in characters.

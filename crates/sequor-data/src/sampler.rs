@@ -19,7 +19,10 @@ pub struct TokenStream {
 impl TokenStream {
     /// Joins documents, with `separator` after each when there is one (usually
     /// the end-of-text token).
-    pub fn from_documents<D: AsRef<[u32]>>(documents: impl IntoIterator<Item = D>, separator: Option<u32>) -> Self {
+    pub fn from_documents<D: AsRef<[u32]>>(
+        documents: impl IntoIterator<Item = D>,
+        separator: Option<u32>,
+    ) -> Self {
         let mut ids = Vec::new();
         for document in documents {
             ids.extend_from_slice(document.as_ref());
@@ -27,7 +30,10 @@ impl TokenStream {
         }
         let mut hasher = Sha256::new();
         ids.iter().for_each(|id| hasher.update(id.to_le_bytes()));
-        Self { ids, fingerprint: first_bytes(hasher) }
+        Self {
+            ids,
+            fingerprint: first_bytes(hasher),
+        }
     }
 
     /// All ids.
@@ -56,7 +62,9 @@ impl TokenStream {
     pub fn windows(&self, window: usize) -> impl Iterator<Item = &[u32]> {
         let window = window.max(1);
         let last = self.ids.len().saturating_sub(1);
-        (0..last).step_by(window).map(move |start| &self.ids[start..=(start + window).min(last)])
+        (0..last)
+            .step_by(window)
+            .map(move |start| &self.ids[start..=(start + window).min(last)])
     }
 }
 
@@ -109,7 +117,9 @@ impl WindowSampler {
     /// [`Error::Input`] when `window` is 0 or the stream is too short for one.
     pub fn new(stream: Arc<TokenStream>, window: usize, seed: u64) -> Result<Self> {
         if window == 0 {
-            return Err(Error::Input("the window length is 0; it must be at least 1".into()));
+            return Err(Error::Input(
+                "the window length is 0; it must be at least 1".into(),
+            ));
         }
         if stream.len() <= window {
             return Err(Error::Input(format!(
@@ -121,8 +131,15 @@ impl WindowSampler {
         let hasher = [stream.fingerprint, window as u64, seed]
             .iter()
             .fold(Sha256::new(), |h, n| h.chain_update(n.to_le_bytes()));
-        let mut sampler =
-            Self { stream, window, seed, fingerprint: first_bytes(hasher), epoch: 0, index: 0, starts: Vec::new() };
+        let mut sampler = Self {
+            stream,
+            window,
+            seed,
+            fingerprint: first_bytes(hasher),
+            epoch: 0,
+            index: 0,
+            starts: Vec::new(),
+        };
         sampler.starts = sampler.order(0);
         Ok(sampler)
     }
@@ -150,7 +167,11 @@ impl WindowSampler {
 
     /// Where the next window comes from.
     pub fn cursor(&self) -> Cursor {
-        Cursor { epoch: self.epoch, index: self.index as u64, fingerprint: self.fingerprint }
+        Cursor {
+            epoch: self.epoch,
+            index: self.index as u64,
+            fingerprint: self.fingerprint,
+        }
     }
 
     /// Goes to a place in the order.
@@ -165,9 +186,16 @@ impl WindowSampler {
             ));
         }
         let starts = self.order(cursor.epoch);
-        let index = usize::try_from(cursor.index).ok().filter(|i| *i <= starts.len()).ok_or_else(|| {
-            Error::Input(format!("the stored place is window {} of an epoch of {}", cursor.index, starts.len()))
-        })?;
+        let index = usize::try_from(cursor.index)
+            .ok()
+            .filter(|i| *i <= starts.len())
+            .ok_or_else(|| {
+                Error::Input(format!(
+                    "the stored place is window {} of an epoch of {}",
+                    cursor.index,
+                    starts.len()
+                ))
+            })?;
         (self.epoch, self.index, self.starts) = (cursor.epoch, index, starts);
         Ok(())
     }
@@ -192,12 +220,19 @@ impl WindowSampler {
     /// The next `n` windows, each `window + 1` ids. A batch may span two epochs.
     pub fn next_batch(&mut self, n: usize) -> Vec<&[u32]> {
         let starts: Vec<usize> = (0..n).map(|_| self.next_start()).collect();
-        starts.into_iter().map(|s| &self.stream.ids[s..=s + self.window]).collect()
+        starts
+            .into_iter()
+            .map(|s| &self.stream.ids[s..=s + self.window])
+            .collect()
     }
 }
 
 fn first_bytes(hasher: Sha256) -> u64 {
-    hasher.finalize().iter().take(8).fold(0, |n, &b| n << 8 | u64::from(b))
+    hasher
+        .finalize()
+        .iter()
+        .take(8)
+        .fold(0, |n, &b| n << 8 | u64::from(b))
 }
 
 #[cfg(test)]
@@ -205,14 +240,20 @@ mod tests {
     use super::*;
 
     fn counting(n: u32) -> Arc<TokenStream> {
-        Arc::new(TokenStream::from_documents([(0..n).collect::<Vec<_>>()], None))
+        Arc::new(TokenStream::from_documents(
+            [(0..n).collect::<Vec<_>>()],
+            None,
+        ))
     }
 
     #[test]
     fn documents_are_joined_with_a_separator() {
         let stream = TokenStream::from_documents([vec![1, 2], vec![], vec![3]], Some(9));
         assert_eq!(stream.ids(), [1, 2, 9, 9, 3, 9]);
-        assert_ne!(stream.fingerprint(), TokenStream::from_documents([[1, 2]], None).fingerprint());
+        assert_ne!(
+            stream.fingerprint(),
+            TokenStream::from_documents([[1, 2]], None).fingerprint()
+        );
     }
 
     #[test]
@@ -245,7 +286,10 @@ mod tests {
                 }
                 targets.sort_unstable();
                 assert_eq!(targets.len(), count * window);
-                assert!(targets.windows(2).all(|p| p[1] == p[0] + 1), "no gaps, nothing twice");
+                assert!(
+                    targets.windows(2).all(|p| p[1] == p[0] + 1),
+                    "no gaps, nothing twice"
+                );
                 // Into the next epoch.
                 let epoch = s.cursor().epoch;
                 s.next_start();
@@ -257,7 +301,12 @@ mod tests {
 
     #[test]
     fn seeds_and_epochs_differ_and_repeat() {
-        let take = |seed| WindowSampler::new(counting(1000), 4, seed).unwrap().next_batch(600).concat();
+        let take = |seed| {
+            WindowSampler::new(counting(1000), 4, seed)
+                .unwrap()
+                .next_batch(600)
+                .concat()
+        };
         assert_eq!(take(1), take(1));
         assert_ne!(take(1), take(2));
         let all = take(1);
@@ -284,13 +333,36 @@ mod tests {
         assert!(WindowSampler::new(counting(8), usize::MAX, 0).is_err());
         let mut s = WindowSampler::new(counting(9), 8, 0).unwrap();
         let here = s.cursor();
-        for other in [(counting(10), 8, 0), (counting(9), 7, 0), (counting(9), 8, 1)] {
-            let foreign = WindowSampler::new(other.0, other.1, other.2).unwrap().cursor();
+        for other in [
+            (counting(10), 8, 0),
+            (counting(9), 7, 0),
+            (counting(9), 8, 1),
+        ] {
+            let foreign = WindowSampler::new(other.0, other.1, other.2)
+                .unwrap()
+                .cursor();
             assert!(s.seek(foreign).is_err());
         }
-        assert!(s.seek(Cursor { index: 1000, ..here }).is_err());
-        assert!(s.seek(Cursor { index: u64::MAX, epoch: u64::MAX, ..here }).is_err());
-        s.seek(Cursor { epoch: u64::MAX, ..here }).unwrap();
+        assert!(
+            s.seek(Cursor {
+                index: 1000,
+                ..here
+            })
+            .is_err()
+        );
+        assert!(
+            s.seek(Cursor {
+                index: u64::MAX,
+                epoch: u64::MAX,
+                ..here
+            })
+            .is_err()
+        );
+        s.seek(Cursor {
+            epoch: u64::MAX,
+            ..here
+        })
+        .unwrap();
         s.next_batch(3);
     }
 }

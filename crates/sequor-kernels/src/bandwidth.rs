@@ -2,6 +2,7 @@
 //! reads every weight once.
 
 use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,21 +18,26 @@ const MOST_THREADS: usize = 512;
 #[must_use]
 pub fn measure_read(threads: usize, budget: Duration) -> f64 {
     let threads = threads.clamp(1, MOST_THREADS);
-    let bytes = MOST_PER_THREAD.min(MOST_IN_ALL / threads);
+    let words = MOST_PER_THREAD.min(MOST_IN_ALL / threads) / size_of::<u64>();
     let start = Instant::now();
-    let Some(mut buffers) = allocate(threads, bytes / size_of::<u64>()) else {
+    let Some(mut buffers) = allocate(threads, words) else {
         return 0.0;
     };
-    // Pages that were never written all share one page of zeros.
-    on_each(buffers.iter_mut().collect(), |buffer| buffer.fill(3));
+    // Written by several threads, since the first touch of a page is slow.
+    on_each(buffers.iter_mut().collect(), |buffer| {
+        buffer.resize(words, 3);
+    });
     let mut best = 0f64;
     loop {
         let pass = Instant::now();
+        // Counted, for a system may give fewer threads than asked for.
+        let words_read = AtomicUsize::new(0);
         on_each(buffers.iter().collect(), |buffer| {
             black_box(sum(buffer));
+            words_read.fetch_add(buffer.len(), Ordering::Relaxed);
         });
-        let seconds = pass.elapsed().as_secs_f64().max(1e-9);
-        best = best.max((threads * bytes) as f64 / seconds);
+        let bytes_read = words_read.into_inner() * size_of::<u64>();
+        best = best.max(bytes_read as f64 / pass.elapsed().as_secs_f64().max(1e-9));
         // Stop before a pass that would end after the budget.
         if start.elapsed() + pass.elapsed() > budget {
             return best;
@@ -39,22 +45,22 @@ pub fn measure_read(threads: usize, budget: Duration) -> f64 {
     }
 }
 
+/// Empty buffers with room for `words` each.
 fn allocate(buffers: usize, words: usize) -> Option<Vec<Vec<u64>>> {
     let one = || {
         let mut buffer = Vec::new();
         buffer.try_reserve_exact(words).ok()?;
-        buffer.resize(words, 0);
         Some(buffer)
     };
     (0..buffers).map(|_| one()).collect()
 }
 
-/// Runs `work` on each item in a thread of its own, the last one here.
+/// Runs `work` on each item in a thread of its own, the last one in this.
 fn on_each<T: Send>(mut items: Vec<T>, work: impl Fn(T) + Sync) {
     let mine = items.pop();
     thread::scope(|scope| {
         for item in items {
-            // A system that gives no more threads has that much less bandwidth.
+            // Without a thread the item is left out.
             let _handle = thread::Builder::new().spawn_scoped(scope, || work(item));
         }
         if let Some(item) = mine {

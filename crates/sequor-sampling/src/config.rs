@@ -165,13 +165,20 @@ impl GenerationConfig {
     /// Greedy decoding.
     #[must_use]
     pub fn greedy() -> Self {
-        Self { do_sample: Some(false), ..Self::default() }
+        Self {
+            do_sample: Some(false),
+            ..Self::default()
+        }
     }
 
     /// Sampling at `temperature`, nothing else set.
     #[must_use]
     pub fn sampling(temperature: f64) -> Self {
-        Self { do_sample: Some(true), temperature: Some(temperature), ..Self::default() }
+        Self {
+            do_sample: Some(true),
+            temperature: Some(temperature),
+            ..Self::default()
+        }
     }
 
     /// Reads a `generation_config.json`.
@@ -179,8 +186,8 @@ impl GenerationConfig {
     /// # Errors
     /// `Config` naming the field that cannot be read.
     pub fn from_json(text: &str) -> Result<Self> {
-        let fields: BTreeMap<String, Value> =
-            serde_json::from_str(text).map_err(|e| Error::Config(format!("not a JSON object: {e}")))?;
+        let fields: BTreeMap<String, Value> = serde_json::from_str(text)
+            .map_err(|e| Error::Config(format!("not a JSON object: {e}")))?;
         let read = |fields| serde_json::from_value(Value::Object(fields));
         read(fields.clone().into_iter().collect()).map_err(|whole: serde_json::Error| {
             // serde does not say which field was at fault; reading one at a time does.
@@ -209,7 +216,9 @@ impl GenerationConfig {
     /// Largest total length for a prompt of `prompt_len` tokens, if one was set.
     #[must_use]
     pub fn total_limit(&self, prompt_len: usize) -> Option<usize> {
-        self.max_new_tokens.map(|new| prompt_len.saturating_add(new)).or(self.max_length)
+        self.max_new_tokens
+            .map(|new| prompt_len.saturating_add(new))
+            .or(self.max_length)
     }
 
     /// Checks every option against its range, and every token id against a vocabulary of
@@ -220,14 +229,29 @@ impl GenerationConfig {
     pub fn validate(&self, vocab: usize) -> Result<()> {
         self.validate_ranges()?;
         let ids = |name: &str, ids: &[u32]| match ids.iter().find(|&&id| id as usize >= vocab) {
-            Some(id) => Err(Error::input(name, id, format!("ids below the vocabulary size {vocab}"))),
+            Some(id) => Err(Error::input(
+                name,
+                id,
+                format!("ids below the vocabulary size {vocab}"),
+            )),
             None => Ok(()),
         };
         ids("eos_token_id", self.eos_ids())?;
-        ids("forced_eos_token_id", self.forced_eos_token_id.as_ref().map_or(&[], TokenIds::as_slice))?;
+        ids(
+            "forced_eos_token_id",
+            self.forced_eos_token_id
+                .as_ref()
+                .map_or(&[], TokenIds::as_slice),
+        )?;
         ids("forced_bos_token_id", self.forced_bos_token_id.as_slice())?;
-        ids("suppress_tokens", self.suppress_tokens.as_deref().unwrap_or_default())?;
-        ids("begin_suppress_tokens", self.begin_suppress_tokens.as_deref().unwrap_or_default())?;
+        ids(
+            "suppress_tokens",
+            self.suppress_tokens.as_deref().unwrap_or_default(),
+        )?;
+        ids(
+            "begin_suppress_tokens",
+            self.begin_suppress_tokens.as_deref().unwrap_or_default(),
+        )?;
         for word in self.bad_words_ids.iter().flatten() {
             ids("bad_words_ids", word)?;
         }
@@ -242,21 +266,64 @@ impl GenerationConfig {
     /// # Errors
     /// `Input` naming the option, its value and the allowed range.
     pub fn validate_ranges(&self) -> Result<()> {
-        at_least_zero("temperature", self.temperature, "a finite number >= 0 (0 means greedy)")?;
+        at_least_zero(
+            "temperature",
+            self.temperature,
+            "a finite number >= 0 (0 means greedy)",
+        )?;
         at_least_zero("max_time", self.max_time, "a finite number of seconds >= 0")?;
-        within("top_h", self.top_h, |x| x > 0.0 && UNIT.contains(&x), "a number in (0, 1]")?;
-        within("top_p", self.top_p, |x| x > 0.0 && UNIT.contains(&x), "a number in (0, 1]; 1 is off")?;
-        within("min_p", self.min_p, |x| UNIT.contains(&x), "a number in [0, 1]")?;
-        within("typical_p", self.typical_p, |x| x > 0.0 && UNIT.contains(&x), "a number in (0, 1]; 1 is off")?;
-        for (name, value) in [("epsilon_cutoff", self.epsilon_cutoff), ("eta_cutoff", self.eta_cutoff)] {
-            within(name, value, |x| (0.0..1.0).contains(&x), "a number in [0, 1); 0 is off")?;
+        within(
+            "top_h",
+            self.top_h,
+            |x| x > 0.0 && UNIT.contains(&x),
+            "a number in (0, 1]",
+        )?;
+        within(
+            "top_p",
+            self.top_p,
+            |x| x > 0.0 && UNIT.contains(&x),
+            "a number in (0, 1]; 1 is off",
+        )?;
+        within(
+            "min_p",
+            self.min_p,
+            |x| UNIT.contains(&x),
+            "a number in [0, 1]",
+        )?;
+        within(
+            "typical_p",
+            self.typical_p,
+            |x| x > 0.0 && UNIT.contains(&x),
+            "a number in (0, 1]; 1 is off",
+        )?;
+        for (name, value) in [
+            ("epsilon_cutoff", self.epsilon_cutoff),
+            ("eta_cutoff", self.eta_cutoff),
+        ] {
+            within(
+                name,
+                value,
+                |x| (0.0..1.0).contains(&x),
+                "a number in [0, 1); 0 is off",
+            )?;
         }
         for (name, value) in [
             ("repetition_penalty", self.repetition_penalty),
-            ("encoder_repetition_penalty", self.encoder_repetition_penalty),
-            ("exponential_decay_length_penalty", self.exponential_decay_length_penalty.map(|(_, f)| f)),
+            (
+                "encoder_repetition_penalty",
+                self.encoder_repetition_penalty,
+            ),
+            (
+                "exponential_decay_length_penalty",
+                self.exponential_decay_length_penalty.map(|(_, f)| f),
+            ),
         ] {
-            within(name, value, |x| x.is_finite() && x > 0.0, "a finite number > 0")?;
+            within(
+                name,
+                value,
+                |x| x.is_finite() && x > 0.0,
+                "a finite number > 0",
+            )?;
         }
         for (name, value) in [
             ("frequency_penalty", self.frequency_penalty),
@@ -266,17 +333,29 @@ impl GenerationConfig {
             within(name, value, f64::is_finite, "a finite number")?;
         }
         for (sequence, bias) in self.sequence_bias.iter().flatten() {
-            within("sequence_bias", Some(*bias), f64::is_finite, "finite numbers")?;
+            within(
+                "sequence_bias",
+                Some(*bias),
+                f64::is_finite,
+                "finite numbers",
+            )?;
             not_empty("sequence_bias", sequence)?;
         }
         for word in self.bad_words_ids.iter().flatten() {
             not_empty("bad_words_ids", word)?;
         }
-        self.watermarking_config.as_ref().map_or(Ok(()), WatermarkConfig::validate)
+        self.watermarking_config
+            .as_ref()
+            .map_or(Ok(()), WatermarkConfig::validate)
     }
 }
 
-fn within(name: &str, value: Option<f64>, allowed: impl Fn(f64) -> bool, expected: &str) -> Result<()> {
+fn within(
+    name: &str,
+    value: Option<f64>,
+    allowed: impl Fn(f64) -> bool,
+    expected: &str,
+) -> Result<()> {
     match value {
         Some(x) if !allowed(x) => Err(Error::input(name, x, expected)),
         _ => Ok(()),
@@ -288,5 +367,13 @@ fn at_least_zero(name: &str, value: Option<f64>, expected: &str) -> Result<()> {
 }
 
 fn not_empty(name: &str, sequence: &[u32]) -> Result<()> {
-    if sequence.is_empty() { Err(Error::input(name, "an empty sequence", "at least one token")) } else { Ok(()) }
+    if sequence.is_empty() {
+        Err(Error::input(
+            name,
+            "an empty sequence",
+            "at least one token",
+        ))
+    } else {
+        Ok(())
+    }
 }

@@ -99,13 +99,24 @@ impl fmt::Display for LogitsProblem {
 
 impl Error {
     /// An [`Error::Input`].
-    pub fn input(option: impl Into<String>, value: impl fmt::Display, expected: impl Into<String>) -> Self {
-        Self::Input { option: option.into(), value: value.to_string(), expected: expected.into() }
+    pub fn input(
+        option: impl Into<String>,
+        value: impl fmt::Display,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Input {
+            option: option.into(),
+            value: value.to_string(),
+            expected: expected.into(),
+        }
     }
 
     /// An [`Error::Contract`].
     pub fn contract(who: impl Into<String>, what: impl Into<String>) -> Self {
-        Self::Contract { who: who.into(), what: what.into() }
+        Self::Contract {
+            who: who.into(),
+            what: what.into(),
+        }
     }
 
     /// Names the position of a token in an [`Error::Logits`].

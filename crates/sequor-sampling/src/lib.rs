@@ -22,7 +22,10 @@ pub use config::{GenerationConfig, TokenIds};
 pub use distribution::{Categorical, Law};
 pub use draft::{DraftModel, Drafter, PromptLookup};
 pub use error::{Error, Result};
-pub use generate::{DepthPolicy, FinishReason, Generation, Generator, Options, Report, Session};
+pub use generate::{
+    DepthPolicy, Event, FinishReason, Generation, Generator, Options, Report, Request, Session,
+    generate_batch,
+};
 pub use processors::{LogitsProcessor, Processor, ProcessorList};
 pub use sequor_kernels::rng::{Key, Purpose, Stream};
 pub use state::SequenceState;

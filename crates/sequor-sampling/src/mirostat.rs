@@ -43,7 +43,11 @@ pub enum MirostatVersion {
 
 impl Default for MirostatConfig {
     fn default() -> Self {
-        Self { version: MirostatVersion::V2, tau: 5.0, eta: 0.1 }
+        Self {
+            version: MirostatVersion::V2,
+            tau: 5.0,
+            eta: 0.1,
+        }
     }
 }
 
@@ -65,7 +69,10 @@ impl Mirostat {
                 return Err(Error::input(name, value, "a finite number > 0"));
             }
         }
-        Ok(Self { config, mu: 2.0 * config.tau })
+        Ok(Self {
+            config,
+            mu: 2.0 * config.tau,
+        })
     }
 
     /// The current bound in bits.
@@ -123,9 +130,17 @@ impl Mirostat {
         let exponent = if tt > 0.0 { tb / tt } else { 0.0 };
         let epsilon = exponent - 1.0;
         // epsilon / (1 - V^-epsilon), whose limit at 0 is 1 / ln V.
-        let share = if epsilon.abs() < 1e-9 { 1.0 / vocab.ln() } else { epsilon / (1.0 - vocab.powf(-epsilon)) };
+        let share = if epsilon.abs() < 1e-9 {
+            1.0 / vocab.ln()
+        } else {
+            epsilon / (1.0 - vocab.powf(-epsilon))
+        };
         let k = (share * self.mu.exp2()).powf(1.0 / exponent);
-        if k.is_nan() { scores.len() } else { (k.round().clamp(1.0, vocab)) as usize }
+        if k.is_nan() {
+            scores.len()
+        } else {
+            (k.round().clamp(1.0, vocab)) as usize
+        }
     }
 }
 
@@ -134,19 +149,27 @@ mod tests {
     use super::*;
 
     fn zipf(vocab: usize, exponent: f64) -> Vec<f32> {
-        (0..vocab).map(|i| (-exponent * (i as f64 + 1.0).ln()) as f32).collect()
+        (0..vocab)
+            .map(|i| (-exponent * (i as f64 + 1.0).ln()) as f32)
+            .collect()
     }
 
     fn surprise(scores: &[f32]) -> Vec<f64> {
         let law = Categorical::from_scores(scores).unwrap();
-        (0..scores.len() as u32).map(|i| -law.prob(i).log2()).collect()
+        (0..scores.len() as u32)
+            .map(|i| -law.prob(i).log2())
+            .collect()
     }
 
     #[test]
     fn version_two_keeps_what_is_not_too_surprising() {
         let scores = zipf(50, 1.3);
         let plain = surprise(&scores);
-        let mut state = Mirostat::new(MirostatConfig { tau: 2.0, ..Default::default() }).unwrap();
+        let mut state = Mirostat::new(MirostatConfig {
+            tau: 2.0,
+            ..Default::default()
+        })
+        .unwrap();
         let mut kept = scores.clone();
         state.truncate(&mut kept).unwrap();
         for (i, s) in plain.iter().enumerate() {
@@ -161,7 +184,11 @@ mod tests {
 
     #[test]
     fn version_one_finds_the_exponent_and_a_monotone_k() {
-        let config = MirostatConfig { version: MirostatVersion::V1, tau: 3.0, eta: 0.1 };
+        let config = MirostatConfig {
+            version: MirostatVersion::V1,
+            tau: 3.0,
+            eta: 0.1,
+        };
         let mut state = Mirostat::new(config).unwrap();
         let mut last = 0;
         for mu in [0.5, 2.0, 4.0, 6.0] {
@@ -182,14 +209,31 @@ mod tests {
 
     #[test]
     fn the_bound_moves_against_the_error() {
-        let mut state = Mirostat::new(MirostatConfig { tau: 3.0, eta: 0.5, ..Default::default() }).unwrap();
+        let mut state = Mirostat::new(MirostatConfig {
+            tau: 3.0,
+            eta: 0.5,
+            ..Default::default()
+        })
+        .unwrap();
         let law = Categorical::from_weights(vec![1.0, 1.0, 2.0, 0.0]).unwrap();
         state.observe(&law, 2);
         assert!((state.mu() - (6.0 - 0.5 * (1.0 - 3.0))).abs() < 1e-12);
         let before = state.mu();
         state.observe(&law, 3);
         assert_eq!(state.mu(), before, "an impossible token teaches nothing");
-        assert!(Mirostat::new(MirostatConfig { tau: 0.0, ..Default::default() }).is_err());
-        assert!(Mirostat::new(MirostatConfig { eta: f64::NAN, ..Default::default() }).is_err());
+        assert!(
+            Mirostat::new(MirostatConfig {
+                tau: 0.0,
+                ..Default::default()
+            })
+            .is_err()
+        );
+        assert!(
+            Mirostat::new(MirostatConfig {
+                eta: f64::NAN,
+                ..Default::default()
+            })
+            .is_err()
+        );
     }
 }

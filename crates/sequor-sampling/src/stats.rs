@@ -1,6 +1,6 @@
 //! Tests of distributions: does a sampler follow the law it claims?
 
-use std::f64::consts::{PI, SQRT_2};
+use std::f64::consts::PI;
 
 /// Cells with a smaller expected count are pooled before a chi-square test.
 const SMALLEST_EXPECTED: f64 = 5.0;
@@ -52,7 +52,11 @@ pub fn chi_square(observed: &[u64], probs: &[f64]) -> ChiSquare {
         0 => 1.0,
         d => gamma_q(d as f64 / 2.0, statistic / 2.0),
     };
-    ChiSquare { statistic, degrees_of_freedom, p_value }
+    ChiSquare {
+        statistic,
+        degrees_of_freedom,
+        p_value,
+    }
 }
 
 /// Total variation distance between counts and the probabilities of a law.
@@ -60,7 +64,12 @@ pub fn chi_square(observed: &[u64], probs: &[f64]) -> ChiSquare {
 pub fn total_variation(observed: &[u64], probs: &[f64]) -> f64 {
     let n: f64 = observed.iter().map(|&o| o as f64).sum();
     let total: f64 = probs.iter().sum();
-    observed.iter().zip(probs).map(|(&o, p)| (o as f64 / n - p / total).abs()).sum::<f64>() / 2.0
+    observed
+        .iter()
+        .zip(probs)
+        .map(|(&o, p)| (o as f64 / n - p / total).abs())
+        .sum::<f64>()
+        / 2.0
 }
 
 /// Result of a Kolmogorov-Smirnov test.
@@ -94,7 +103,9 @@ fn kolmogorov_tail(x: f64) -> f64 {
     if x < 0.2 {
         return 1.0;
     }
-    let term = |k: i32| f64::from(if k % 2 == 1 { 2 } else { -2 }) * (-2.0 * f64::from(k * k) * x * x).exp();
+    let term = |k: i32| {
+        f64::from(if k % 2 == 1 { 2 } else { -2 }) * (-2.0 * f64::from(k * k) * x * x).exp()
+    };
     (1..=100).map(term).sum::<f64>().clamp(0.0, 1.0)
 }
 
@@ -103,12 +114,6 @@ fn kolmogorov_tail(x: f64) -> f64 {
 pub fn normal_cdf(x: f64) -> f64 {
     let tail = gamma_q(0.5, x * x / 2.0) / 2.0;
     if x > 0.0 { 1.0 - tail } else { tail }
-}
-
-/// Density of the standard normal law.
-#[must_use]
-pub fn normal_pdf(x: f64) -> f64 {
-    (-x * x / 2.0).exp() / (PI.sqrt() * SQRT_2)
 }
 
 /// Regularised upper incomplete gamma function `Q(a, x)` for `a > 0`, `x >= 0`: series

@@ -81,7 +81,9 @@ impl Logits {
     /// No rows.
     #[must_use]
     pub fn none(vocab: usize) -> Self {
-        Self { data: Array2::zeros((0, vocab)) }
+        Self {
+            data: Array2::zeros((0, vocab)),
+        }
     }
 
     /// Number of rows.
@@ -99,7 +101,10 @@ impl Logits {
     /// Row `index`.
     #[must_use]
     pub fn row(&self, index: usize) -> Option<&[f32]> {
-        self.data.as_slice()?.chunks_exact(self.vocab().max(1)).nth(index)
+        self.data
+            .as_slice()?
+            .chunks_exact(self.vocab().max(1))
+            .nth(index)
     }
 
     /// All rows as an array `[rows, vocab]`.

@@ -52,7 +52,12 @@ pub struct DraftTree<L: Law = Categorical> {
 
 impl<L: Law> Default for DraftTree<L> {
     fn default() -> Self {
-        Self { units: Vec::new(), proposals: Vec::new(), parents: Vec::new(), draw: Draw::default() }
+        Self {
+            units: Vec::new(),
+            proposals: Vec::new(),
+            parents: Vec::new(),
+            draw: Draw::default(),
+        }
     }
 }
 
@@ -69,7 +74,12 @@ impl<L: Law> DraftTree<L> {
         let units: Vec<_> = units.into_iter().collect();
         let parents = (0..units.len()).map(|i| i.checked_sub(1)).collect();
         let proposals = units.iter().map(|_| Proposal::OneHot).collect();
-        Self { units, proposals, parents, draw: Draw::default() }
+        Self {
+            units,
+            proposals,
+            parents,
+            draw: Draw::default(),
+        }
     }
 
     /// A tree of units that were chosen without randomness.
@@ -99,10 +109,18 @@ impl<L: Law> DraftTree<L> {
     ///
     /// # Errors
     /// `Contract` when the parent does not exist yet.
-    pub fn push(&mut self, parent: Option<usize>, unit: L::Unit, proposal: Proposal<L>) -> Result<usize> {
+    pub fn push(
+        &mut self,
+        parent: Option<usize>,
+        unit: L::Unit,
+        proposal: Proposal<L>,
+    ) -> Result<usize> {
         let node = self.units.len();
         if let Some(p) = parent.filter(|&p| p >= node) {
-            return Err(Error::contract("the draft tree", format!("node {node} has the later node {p} as parent")));
+            return Err(Error::contract(
+                "the draft tree",
+                format!("node {node} has the later node {p} as parent"),
+            ));
         }
         self.units.push(unit);
         self.proposals.push(proposal);
@@ -155,7 +173,10 @@ impl<L: Law> DraftTree<L> {
     /// Whether every node follows the one before it.
     #[must_use]
     pub fn is_chain(&self) -> bool {
-        self.parents.iter().enumerate().all(|(i, &parent)| parent == i.checked_sub(1))
+        self.parents
+            .iter()
+            .enumerate()
+            .all(|(i, &parent)| parent == i.checked_sub(1))
     }
 
     /// Depth of every node; children of the root have depth 0.
@@ -168,7 +189,10 @@ impl<L: Law> DraftTree<L> {
     /// `nodes` nodes of those.
     #[must_use]
     pub fn cut(&self, depth: usize, nodes: usize) -> Self {
-        let mut kept = Self { draw: self.draw, ..Self::default() };
+        let mut kept = Self {
+            draw: self.draw,
+            ..Self::default()
+        };
         let mut new_index = Vec::with_capacity(self.len());
         for (i, d) in self.depths().into_iter().enumerate() {
             new_index.push(kept.len());
@@ -178,7 +202,8 @@ impl<L: Law> DraftTree<L> {
             {
                 kept.units.push(unit.clone());
                 kept.proposals.push(proposal.clone());
-                kept.parents.push(parent.and_then(|p| new_index.get(p).copied()));
+                kept.parents
+                    .push(parent.and_then(|p| new_index.get(p).copied()));
             }
         }
         kept
@@ -190,8 +215,15 @@ impl<L: Law> DraftTree<L> {
 /// # Errors
 /// `Contract` naming the first node that does not.
 pub fn validate(parents: &[Option<usize>]) -> Result<()> {
-    match parents.iter().enumerate().find(|&(i, parent)| parent.is_some_and(|p| p >= i)) {
-        Some((i, _)) => Err(Error::contract("the draft tree", format!("node {i} comes before its parent"))),
+    match parents
+        .iter()
+        .enumerate()
+        .find(|&(i, parent)| parent.is_some_and(|p| p >= i))
+    {
+        Some((i, _)) => Err(Error::contract(
+            "the draft tree",
+            format!("node {i} comes before its parent"),
+        )),
         None => Ok(()),
     }
 }
@@ -234,7 +266,10 @@ pub fn paths(parents: &[Option<usize>]) -> Vec<Vec<usize>> {
             *leaf = false;
         }
     }
-    let leaves = is_leaf.iter().enumerate().filter_map(|(i, &leaf)| leaf.then_some(i));
+    let leaves = is_leaf
+        .iter()
+        .enumerate()
+        .filter_map(|(i, &leaf)| leaf.then_some(i));
     leaves.map(|leaf| path_to(parents, leaf)).collect()
 }
 

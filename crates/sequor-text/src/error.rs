@@ -33,6 +33,9 @@ pub enum Error {
     /// The training loop.
     #[error(transparent)]
     Train(sequor_train::Error),
+    /// Measuring quality.
+    #[error(transparent)]
+    Eval(#[from] sequor_eval::Error),
     /// The operating system refused.
     #[error("{path}: {source}", path = path.display())]
     Io {

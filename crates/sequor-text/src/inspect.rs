@@ -1,6 +1,6 @@
 //! What is in a model folder or weight file, and what the loader would do with it.
 
-use crate::{Error, Result};
+use crate::Result;
 use sequor_backbone::{Decoder, DecoderConfig, causal_lm, gguf, keys};
 use sequor_nn::weights::{self, Gguf, TensorSource};
 use sequor_nn::{Device, Kind, ParamBuilder};

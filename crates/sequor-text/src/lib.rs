@@ -16,6 +16,7 @@ pub use forward::forward;
 pub use inspect::{Inspection, TensorLine, inspect};
 pub use options::{Depth, LoadOptions, Speculate, TextOptions};
 pub use pipeline::TextPipeline;
+pub use score::Score;
 pub use sequor_sampling::{FinishReason, Report};
 pub use sequor_tokenizers::Message;
 pub use stream::{Generation, TextStream};

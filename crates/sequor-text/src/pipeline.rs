@@ -111,11 +111,11 @@ impl TextPipeline {
     /// # Errors
     /// [`Error::Unsupported`] when the model has no template.
     pub fn chat_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        let template = self.tokenizer.chat_template().ok_or_else(|| {
-            Error::Unsupported("this model has no chat template; generate without --chat, or choose an instruction-tuned model".into())
-        })?;
-        let text = template.render(messages, true)?;
-        Ok(self.tokenizer.encode(&text, false)?)
+        if self.tokenizer.chat_template().is_none() {
+            let what = "this model has no chat template; generate without --chat, or choose an instruction-tuned model";
+            return Err(Error::Unsupported(what.into()));
+        }
+        Ok(self.tokenizer.encode_chat(messages, true)?)
     }
 
     /// Generates a text to its end.

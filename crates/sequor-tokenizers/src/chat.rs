@@ -166,7 +166,7 @@ impl ChatTemplate {
         let now = options.now.unwrap_or_else(unix_seconds);
         self.with_compiled(fuel, now, |template| {
             let mut prompt = Prompt(Vec::new());
-            template.render_to_write(context, &mut prompt)?;
+            template.render_captured_to(context, &mut prompt)?;
             Ok(prompt.0)
         })
         .and_then(|bytes| {

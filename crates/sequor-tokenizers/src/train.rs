@@ -198,3 +198,53 @@ fn chunks(word: &str) -> Vec<String> {
 fn part<T: serde::de::DeserializeOwned>(description: serde_json::Value) -> Result<T> {
     guarded("build", || Ok(serde_json::from_value(description)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_every_split() {
+        let text = "I'LL it's 12345  x\n\n  y...\tAb1½!?\r\n é";
+        let expected: [(Split, &[&str]); 4] = [
+            (
+                Split::Gpt2,
+                &[
+                    "I", "'", "LL", "Ġit", "'s", "Ġ12345", "Ġ", "Ġx", "ĊĊĠ", "Ġy", "...", "ĉ", "Ab", "1Â½", "!?", "čĊ",
+                    "ĠÃ©",
+                ],
+            ),
+            (
+                Split::SmolLm,
+                &[
+                    "I", "'", "LL", "Ġit", "'s", "Ġ", "1", "2", "3", "4", "5", "Ġ", "Ġx", "ĊĊĠ", "Ġy", "...", "ĉ",
+                    "Ab", "1", "Â½", "!?", "čĊ", "ĠÃ©",
+                ],
+            ),
+            (
+                Split::Llama3,
+                &[
+                    "I", "'LL", "Ġit", "'s", "Ġ", "123", "45", "Ġ", "Ġx", "ĊĊ", "Ġ", "Ġy", "...", "ĉAb", "1Â½",
+                    "!?čĊ", "ĠÃ©",
+                ],
+            ),
+            (
+                Split::Qwen2,
+                &[
+                    "I", "'LL", "Ġit", "'s", "Ġ", "1", "2", "3", "4", "5", "Ġ", "Ġx", "ĊĊ", "Ġ", "Ġy", "...", "ĉAb",
+                    "1", "Â½", "!?čĊ", "ĠÃ©",
+                ],
+            ),
+        ];
+        for (split, words) in expected {
+            assert_eq!(Words::new(split).unwrap().of(text).unwrap(), words, "{split:?}");
+        }
+    }
+
+    #[test]
+    fn long_words_are_cut() {
+        let parts = chunks(&"é".repeat(600));
+        assert_eq!(parts.iter().map(|p| p.chars().count()).collect::<Vec<_>>(), [256, 256, 88]);
+        assert_eq!(chunks("ab"), ["ab"]);
+    }
+}

@@ -38,7 +38,7 @@ impl Ema {
         let _no_grad = no_grad_guard();
         let t = t as f64;
         let b = self.decay.min((1.0 + t) / (10.0 + t));
-        self.average.f_lerp_(master, 1.0 - b)?;
+        let _ = self.average.f_lerp_(master, 1.0 - b)?;
         Ok(())
     }
 

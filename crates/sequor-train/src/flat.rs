@@ -176,9 +176,9 @@ pub(crate) mod tests {
     /// A matrix, a vector and an awkwardly named matrix of one dimension.
     pub(crate) fn builder(kind: Kind) -> ParamBuilder {
         let p = ParamBuilder::init(5, kind, Device::Cpu);
-        p.vector("a.norm", &[3], Init::Ones).unwrap();
-        p.matrix("b.bias", &[2], Init::Normal(1.0)).unwrap();
-        p.matrix("z.weight", &[2, 3], Init::Normal(1.0)).unwrap();
+        let _ = p.vector("a.norm", &[3], Init::Ones).unwrap();
+        let _ = p.matrix("b.bias", &[2], Init::Normal(1.0)).unwrap();
+        let _ = p.matrix("z.weight", &[2, 3], Init::Normal(1.0)).unwrap();
         p
     }
 

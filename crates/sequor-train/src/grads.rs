@@ -33,7 +33,7 @@ impl Gradients {
     /// # Errors
     /// When libtorch refuses.
     pub fn clear(&mut self) -> Result<()> {
-        self.flat.f_zero_()?;
+        let _ = self.flat.f_zero_()?;
         Ok(())
     }
 
@@ -48,7 +48,7 @@ impl Gradients {
         for (view, grad) in self.views.iter_mut().zip(grads) {
             if grad.defined() {
                 // Mixed formats add in f32.
-                view.f_add_(&grad.f_to_kind(Kind::Float)?)?;
+                let _ = view.f_add_(&grad.f_to_kind(Kind::Float)?)?;
             }
         }
         Ok(())

@@ -89,15 +89,15 @@ impl AdamW {
         let AdamWOptions { betas: (b1, b2), eps, weight_decay } = self.options;
         self.updates += 1;
         let t = self.updates as f64;
-        self.exp_avg.f_lerp_(gradient, 1.0 - b1)?;
-        self.exp_avg_sq.f_lerp_(&gradient.f_square()?, 1.0 - b2)?;
+        let _ = self.exp_avg.f_lerp_(gradient, 1.0 - b1)?;
+        let _ = self.exp_avg_sq.f_lerp_(&gradient.f_square()?, 1.0 - b2)?;
         if weight_decay > 0.0 && layout.decayed() > 0 {
-            self.master.f_narrow(0, 0, layout.decayed())?.f_mul_scalar_(1.0 - lr * weight_decay)?;
+            let _ = self.master.f_narrow(0, 0, layout.decayed())?.f_mul_scalar_(1.0 - lr * weight_decay)?;
         }
         // The bias corrections 1 - b^t make up for moments that began at zero.
         let root = self.exp_avg_sq.f_sqrt()?.f_mul_scalar_((1.0 - b2.powf(t)).sqrt().recip())?.f_add_scalar_(eps)?;
         let update = self.exp_avg.f_div(&root)?.f_mul_scalar_(-lr / (1.0 - b1.powf(t)))?;
-        self.master.f_add_(&update)?;
+        let _ = self.master.f_add_(&update)?;
         layout.publish(&self.master)
     }
 

@@ -19,8 +19,10 @@ use text::{Anchor, Turn, draw_text};
 
 /// Size of the picture in pixels.
 const SIZE: (u32, u32) = (1200, 720);
-/// The frame of the curves: left, right, top, bottom.
-const FRAME: (i32, i32, i32, i32) = (110, 1160, 84, 610);
+/// Everything is drawn this much larger and averaged down, for smooth edges.
+const ZOOM: i32 = 2;
+/// The frame of the curves in drawn pixels: left, right, top, bottom.
+const FRAME: (i32, i32, i32, i32) = (110 * ZOOM, 1160 * ZOOM, 92 * ZOOM, 616 * ZOOM);
 
 const INK: RGBColor = RGBColor(38, 42, 51);
 const FAINT: RGBColor = RGBColor(112, 118, 130);
@@ -56,12 +58,32 @@ pub fn plot(records: &[Record], options: &PlotOptions, path: &Path) -> Result<()
     if train.len() + held.len() < 2 {
         return Err(Error::Input("a log with fewer than two values of the loss cannot be drawn".into()));
     }
+    let io = |e: &dyn std::fmt::Display| Error::io(path, std::io::Error::other(e.to_string()));
+    let mut pixels = vec![255; 3 * (SIZE.0 * SIZE.1) as usize * (ZOOM * ZOOM) as usize];
+    draw(&train, &held, options, &mut pixels).map_err(|e| io(&e))?;
     // The backend knows the format by the ending and writes in place.
     let name = path.file_stem().unwrap_or_default().to_string_lossy();
     let partial = path.with_file_name(format!(".{name}.partial.png"));
-    let io = |e: String| Error::io(path, std::io::Error::other(e));
-    draw(&train, &held, options, &partial).map_err(|e| io(e.to_string()))?;
+    save(&pixels, &partial).map_err(|e| io(&e))?;
     std::fs::rename(&partial, path).map_err(|e| Error::io(path, e))
+}
+
+/// Averages blocks of `ZOOM` by `ZOOM` pixels and writes the picture.
+fn save(pixels: &[u8], path: &Path) -> Drawn {
+    let (zoom, width) = (ZOOM as usize, SIZE.0 as usize * ZOOM as usize);
+    let canvas = BitMapBackend::new(path, SIZE).into_drawing_area();
+    for y in 0..SIZE.1 as usize {
+        for x in 0..SIZE.0 as usize {
+            let block = |c: usize| {
+                let at = |i: usize| 3 * ((y * zoom + i / zoom) * width + x * zoom + i % zoom) + c;
+                let sum: usize = (0..zoom * zoom).map(|i| usize::from(pixels[at(i)])).sum();
+                (sum / (zoom * zoom)) as u8
+            };
+            canvas.draw_pixel((x as i32, y as i32), &RGBColor(block(0), block(1), block(2)))?;
+        }
+    }
+    canvas.present()?;
+    Ok(())
 }
 
 fn points(records: &[Record], kind: &str, field: &str) -> Points {
@@ -82,9 +104,10 @@ fn smooth(points: &[(f64, f64)]) -> Points {
     (0..points.len()).map(|i| (points[i].0, mean(window(i)))).collect()
 }
 
-fn draw(train: &[(f64, f64)], held: &[(f64, f64)], options: &PlotOptions, path: &Path) -> Drawn {
+fn draw(train: &[(f64, f64)], held: &[(f64, f64)], options: &PlotOptions, pixels: &mut [u8]) -> Drawn {
     let (left, right, top, bottom) = FRAME;
-    let canvas = BitMapBackend::new(path, SIZE).into_drawing_area();
+    let size = (SIZE.0 * ZOOM as u32, SIZE.1 * ZOOM as u32);
+    let canvas = BitMapBackend::with_buffer(pixels, size).into_drawing_area();
     canvas.fill(&WHITE)?;
 
     let all = || train.iter().chain(held);
@@ -96,64 +119,69 @@ fn draw(train: &[(f64, f64)], held: &[(f64, f64)], options: &PlotOptions, path: 
 
     let x_range = RangedCoordf64::from(0.0..last);
     let y_range = RangedCoordf64::from(y_low..y_high);
-    let curves = canvas.clone().apply_coord_spec(Cartesian2d::new(x_range, y_range, (left..right, top..bottom)));
+    let curves = canvas.clone().apply_coord_spec(Cartesian2d::new(x_range, y_range, (left..right, bottom..top)));
 
     for y in y_ticks.values.iter().filter(|y| (y_low..=y_high).contains(*y)) {
         let (_, py) = curves.map_coordinate(&(0.0, *y));
         line(&canvas, (left, py), (right, py), GRID)?;
-        draw_text(&canvas, &y_ticks.label(*y), (left - 14, py), 2, FAINT, Anchor::Right, Turn::None)?;
+        draw_text(&canvas, &y_ticks.label(*y), (left - 14 * ZOOM, py), 2, FAINT, Anchor::Right, Turn::None)?;
     }
     for x in x_ticks.values.iter().filter(|x| (0.0..=last).contains(*x)) {
         let (px, _) = curves.map_coordinate(&(*x, y_low));
         line(&canvas, (px, top), (px, bottom), GRID)?;
-        line(&canvas, (px, bottom), (px, bottom + 7), INK)?;
-        draw_text(&canvas, &x_ticks.label(*x), (px, bottom + 24), 2, FAINT, Anchor::Middle, Turn::None)?;
+        line(&canvas, (px, bottom), (px, bottom + 7 * ZOOM), INK)?;
+        draw_text(&canvas, &x_ticks.label(*x), (px, bottom + 24 * ZOOM), 2, FAINT, Anchor::Middle, Turn::None)?;
     }
 
     curve(&curves, train, TRAIN.mix(0.30), 1)?;
-    curve(&curves, &smooth(train), TRAIN.to_rgba(), 3)?;
-    curve(&curves, held, HELD.to_rgba(), 3)?;
+    curve(&curves, &smooth(train), TRAIN.to_rgba(), 2)?;
+    curve(&curves, held, HELD.to_rgba(), 2)?;
     for point in held {
-        curves.draw(&Circle::new(*point, 5, HELD.filled()))?;
+        curves.draw(&Circle::new(*point, 4 * ZOOM, HELD.filled()))?;
     }
     if let Some(best) = held.iter().min_by(|a, b| a.1.total_cmp(&b.1)) {
-        curves.draw(&Circle::new(*best, 9, HELD.stroke_width(2)))?;
+        curves.draw(&Circle::new(*best, 9 * ZOOM, HELD.stroke_width(2 * ZOOM as u32)))?;
     }
     line(&canvas, (left, top), (left, bottom), INK)?;
     line(&canvas, (left, bottom), (right, bottom), INK)?;
 
-    draw_text(&canvas, &options.title, (left, 30), 3, INK, Anchor::Left, Turn::None)?;
-    draw_text(&canvas, &options.subtitle, (left, 60), 2, FAINT, Anchor::Left, Turn::None)?;
-    draw_text(&canvas, "step", ((left + right) / 2, bottom + 64), 2, INK, Anchor::Middle, Turn::None)?;
-    draw_text(&canvas, &options.y_label, (26, (top + bottom) / 2), 2, INK, Anchor::Middle, Turn::Left)?;
+    let x_middle = (left + right) / 2;
+    draw_text(&canvas, &options.title, (left, 32 * ZOOM), 3, INK, Anchor::Left, Turn::None)?;
+    draw_text(&canvas, &options.subtitle, (left, 64 * ZOOM), 2, FAINT, Anchor::Left, Turn::None)?;
+    draw_text(&canvas, "step", (x_middle, bottom + 64 * ZOOM), 2, INK, Anchor::Middle, Turn::None)?;
+    draw_text(&canvas, &options.y_label, (26 * ZOOM, (top + bottom) / 2), 2, INK, Anchor::Middle, Turn::Left)?;
     legend(&canvas, !held.is_empty())?;
     canvas.present()?;
     Ok(())
 }
 
 fn line(canvas: &Canvas<'_>, from: (i32, i32), to: (i32, i32), colour: RGBColor) -> Drawn {
-    canvas.draw(&PathElement::new(vec![from, to], colour.stroke_width(1)))?;
+    canvas.draw(&PathElement::new(vec![from, to], colour.stroke_width(ZOOM as u32)))?;
     Ok(())
 }
 
 fn curve(curves: &Curves<'_>, points: &[(f64, f64)], colour: RGBAColor, width: u32) -> Drawn {
-    curves.draw(&PathElement::new(points.to_vec(), colour.stroke_width(width)))?;
+    curves.draw(&PathElement::new(points.to_vec(), colour.stroke_width(width * ZOOM as u32)))?;
     Ok(())
 }
 
 fn legend(canvas: &Canvas<'_>, held: bool) -> Drawn {
     let (_, right, top, _) = FRAME;
-    let entries: &[(&str, RGBColor)] = if held { &[("training", TRAIN), ("held out", HELD)] } else { &[("training", TRAIN)] };
-    let (x, y, height) = (right - 230, top + 18, 22 + 30 * entries.len() as i32);
-    canvas.draw(&Rectangle::new([(x, y), (right - 14, y + height)], WHITE.filled()))?;
-    canvas.draw(&Rectangle::new([(x, y), (right - 14, y + height)], GRID.stroke_width(1)))?;
+    let training = [("training", TRAIN)];
+    let both = [("training", TRAIN), ("held out", HELD)];
+    let entries: &[(&str, RGBColor)] = if held { &both } else { &training };
+    let (x, y) = (right - 226 * ZOOM, top + 10 * ZOOM);
+    let corners = [(x, y), (right - 10 * ZOOM, y + (22 + 30 * entries.len() as i32) * ZOOM)];
+    canvas.draw(&Rectangle::new(corners, WHITE.filled()))?;
+    canvas.draw(&Rectangle::new(corners, GRID.stroke_width(ZOOM as u32)))?;
     for (i, (label, colour)) in entries.iter().enumerate() {
-        let middle = y + 26 + 30 * i as i32;
-        canvas.draw(&PathElement::new(vec![(x + 16, middle), (x + 56, middle)], colour.stroke_width(3)))?;
+        let middle = y + (26 + 30 * i as i32) * ZOOM;
+        let stroke = vec![(x + 16 * ZOOM, middle), (x + 56 * ZOOM, middle)];
+        canvas.draw(&PathElement::new(stroke, colour.stroke_width(2 * ZOOM as u32)))?;
         if *colour == HELD {
-            canvas.draw(&Circle::new((x + 36, middle), 5, colour.filled()))?;
+            canvas.draw(&Circle::new((x + 36 * ZOOM, middle), 4 * ZOOM, colour.filled()))?;
         }
-        draw_text(canvas, label, (x + 72, middle), 2, INK, Anchor::Left, Turn::None)?;
+        draw_text(canvas, label, (x + 72 * ZOOM, middle), 2, INK, Anchor::Left, Turn::None)?;
     }
     Ok(())
 }

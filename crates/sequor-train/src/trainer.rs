@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use sequor_kernels::rng::{Key, Purpose};
@@ -18,7 +19,7 @@ use crate::collective::{Collective, Single};
 use crate::ema::Ema;
 use crate::flat::Layout;
 use crate::grads::Gradients;
-use crate::log::{Log, Record};
+use crate::log::Log;
 use crate::optim::{AdamW, AdamWOptions};
 use crate::progress::{Progress, StepReport};
 use crate::schedule::Schedule;
@@ -27,6 +28,10 @@ use crate::{Error, Result};
 
 /// After this many steps in a row without a finite gradient a run gives up.
 const PATIENCE_WITH_NAN: u64 = 50;
+
+/// libtorch's generator, from which dropout draws, belongs to the whole process. A
+/// micro-batch has it for itself, so that two runs in one process do not mix.
+static GENERATOR: Mutex<()> = Mutex::new(());
 
 /// Which micro-batch is asked for, and the seed of whatever is random in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,7 +211,12 @@ impl<'a, T: Task> Trainer<'a, T> {
     ) -> Result<Self> {
         options.validate()?;
         let store = Store::open(&workplace.checkpoints)?;
-        let found = if resume { store.newest(&mut |n| progress.notice(n))? } else { refuse_old(&store).map(|()| None)? };
+        let found = if resume {
+            store.newest(&mut |n| progress.notice(n))?
+        } else {
+            refuse_old(&store)?;
+            None
+        };
         let layout = Layout::new(task.params())?;
         let gradients = Gradients::new(&layout)?;
         let adamw = AdamW::new(&layout, options.adamw)?;
@@ -339,8 +349,11 @@ impl<'a, T: Task> Trainer<'a, T> {
         for micro in 0..self.options.accumulation {
             let site = rank << 32 | micro as u64;
             let seed = Key::new(self.options.seed, step).stream(site, Purpose::Dropout).next_u64();
-            manual_seed(seed as i64);
-            let MicroLoss { sum, targets } = self.task.loss(&StepCtx { step, micro, seed })?;
+            let MicroLoss { sum, targets } = {
+                let _mine = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+                manual_seed(seed as i64);
+                self.task.loss(&StepCtx { step, micro, seed })?
+            };
             self.gradients.add(&sum)?;
             sums[0] += sum.f_detach()?.f_double_value(&[])?;
             sums[1] += targets as f64;
@@ -359,7 +372,7 @@ impl<'a, T: Task> Trainer<'a, T> {
         self.state.epoch = self.task.epoch();
         if norm.is_finite() && loss.is_finite() {
             let _no_grad = no_grad_guard();
-            self.gradients.flat_mut().f_mul_scalar_(mean * clip::factor(norm, self.options.clip))?;
+            let _ = self.gradients.flat_mut().f_mul_scalar_(mean * clip::factor(norm, self.options.clip))?;
             self.adamw.step(&self.layout, self.gradients.flat(), lr)?;
             self.state.updates = self.adamw.updates();
             if let Some(ema) = &mut self.ema {
@@ -441,9 +454,9 @@ impl<'a, T: Task> Trainer<'a, T> {
     }
 
     fn write(&mut self, record: Value, progress: &mut dyn Progress) -> Result<()> {
-        let Value::Object(record): Value = record else { return Ok(()) };
+        let Value::Object(record) = record else { return Ok(()) };
         self.log.write(&record)?;
-        progress.record(&record as &Record);
+        progress.record(&record);
         Ok(())
     }
 

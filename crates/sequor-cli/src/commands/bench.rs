@@ -11,7 +11,7 @@ pub fn run(a: &BenchDecode) -> Result {
     if a.tokens == 0 || a.repeats == 0 || a.threads == Some(0) {
         return Err(usage("--tokens, --repeats and --threads must be at least 1"));
     }
-    let dtypes = a.dtypes.iter().map(|d| d.parse::<DType>()).collect::<Result<Vec<_>, _>>().map_err(usage)?;
+    let dtypes = a.dtypes.iter().map(|d| d.parse::<DType>().map_err(usage)).collect::<Result<Vec<_>>>()?;
     let path = resolve(&a.model, a.offline)?;
     let bench = DecodeBench { dtypes, tokens: a.tokens, repeats: a.repeats, threads: a.threads };
     let report = bench_decode(&path, &bench, |line| eprintln!("{line}"))?;

@@ -9,7 +9,7 @@ use std::io::Write;
 pub fn run(kind: CatalogKind, a: &Catalog) -> Result {
     let kind = match kind {
         CatalogKind::Models => Kind::Model,
-        CatalogKind::Data => Kind::Data,
+        CatalogKind::Data => Kind::Dataset,
     };
     match &a.action {
         CatalogAction::List { json } => list(kind, *json),

@@ -16,13 +16,17 @@ pub fn run(a: &EvalPerplexity) -> Result {
         .map_err(|e| failure(format!("{}: not UTF-8 (first bad byte at {})", a.text.display(), e.utf8_error().valid_up_to())))?;
     let pipeline = TextPipeline::load(&resolve(&a.model.model, a.model.offline)?, &loading)?;
     let score = pipeline.perplexity(&text, a.context, a.stride, a.max_tokens)?;
+    let (l, bits) = (&score.likelihood, score.bits_per_byte());
     println!(
-        "{} tokens, {} bytes: {:.4} nats/token, perplexity {:.3}, {:.4} bits/byte",
-        score.tokens, score.bytes, score.nats_per_token(), score.perplexity(), score.bits_per_byte()
+        "{} tokens, {} bytes: {:.4} nats/token, perplexity {:.3}, {bits:.4} bits/byte",
+        l.tokens,
+        score.bytes,
+        l.per_token(),
+        l.perplexity(),
     );
     if a.json {
-        let line = serde_json::json!({"tokens": score.tokens, "bytes": score.bytes, "nats_per_token": score.nats_per_token(),
-            "perplexity": score.perplexity(), "bits_per_byte": score.bits_per_byte(), "dtype": a.model.dtype, "model": a.model.model});
+        let line = serde_json::json!({"tokens": l.tokens, "bytes": score.bytes, "nats_per_token": l.per_token(),
+            "perplexity": l.perplexity(), "bits_per_byte": bits, "dtype": a.model.dtype, "model": a.model.model});
         println!("{line}");
     }
     Ok(())

@@ -24,10 +24,10 @@ pub fn run(command: Command) -> Result {
         Command::Doctor(a) => doctor::run(&a),
         Command::Forward(a) => forward::run(&a),
         Command::Bench(Bench::Decode(a)) => bench::run(&a),
-        Command::Train(Train::Lm(a)) => train::run(&a),
-        Command::Eval(Eval::Perplexity(a)) => eval::run(&a),
         Command::Models(a) => catalog::run(CatalogKind::Models, &a),
         Command::Data(a) => catalog::run(CatalogKind::Data, &a),
+        Command::Train(Train::Lm(a)) => train::run(&a),
+        Command::Eval(Eval::Perplexity(a)) => eval::run(&a),
         Command::Demo(a) => demo::run(&a),
     }
 }

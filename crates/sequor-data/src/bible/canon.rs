@@ -98,7 +98,11 @@ mod tests {
     fn the_totals_are_those_every_concordance_prints() {
         let chapters = |books: &[BookSpec]| books.iter().map(|b| b.verses.len()).sum::<usize>();
         let verses = |books: &[BookSpec]| {
-            books.iter().flat_map(|b| b.verses).map(|&v| usize::from(v)).sum::<usize>()
+            books
+                .iter()
+                .flat_map(|b| b.verses)
+                .map(|&v| usize::from(v))
+                .sum::<usize>()
         };
         let (old, new) = KJV.split_at(OLD);
         assert_eq!((chapters(old), chapters(new)), (929, 260));

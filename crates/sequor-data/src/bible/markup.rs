@@ -3,8 +3,18 @@
 /// Elements whose content is not the text itself.
 const DROPPED: [&str; 3] = ["note", "title", "speaker"];
 /// Elements within a word or a line; all others stand for a break.
-const INLINE: [&str; 10] =
-    ["w", "q", "seg", "name", "hi", "transChange", "divineName", "foreign", "inscription", "reference"];
+const INLINE: [&str; 10] = [
+    "w",
+    "q",
+    "seg",
+    "name",
+    "hi",
+    "transChange",
+    "divineName",
+    "foreign",
+    "inscription",
+    "reference",
+];
 
 /// What stands between the last character and the next.
 #[derive(Clone, Copy, PartialEq, PartialOrd)]
@@ -34,7 +44,9 @@ impl Out {
         let space = match self.between {
             Between::Nothing => false,
             Between::Gap => {
-                let word_ends = self.text.ends_with(|p: char| p.is_alphanumeric() || ",.;:!?)”’".contains(p));
+                let word_ends = self
+                    .text
+                    .ends_with(|p: char| p.is_alphanumeric() || ",.;:!?)”’".contains(p));
                 word_ends && (c.is_alphanumeric() || "(“‘".contains(c))
             }
             Between::Space => true,
@@ -50,7 +62,10 @@ impl Out {
 /// The text of a slot: tags, notes and headings removed, entities replaced, each
 /// run of white space one space, and nothing after the end of the chapter.
 pub(super) fn plain(osis: &str) -> String {
-    let mut out = Out { text: String::with_capacity(osis.len() / 4), between: Between::Nothing };
+    let mut out = Out {
+        text: String::with_capacity(osis.len() / 4),
+        between: Between::Nothing,
+    };
     let mut depth = 0_usize;
     let mut rest = osis;
     while let Some(at) = rest.find(['<', '&']) {
@@ -67,7 +82,9 @@ pub(super) fn plain(osis: &str) -> String {
             continue;
         }
         // A tag without an end takes the rest with it.
-        let Some(end) = rest.find('>') else { return out.text };
+        let Some(end) = rest.find('>') else {
+            return out.text;
+        };
         let tag = Tag::read(&rest[1..end]);
         rest = &rest[end + 1..];
         if tag.name == "chapter" && tag.inside.contains("eID=") {
@@ -101,8 +118,16 @@ impl<'a> Tag<'a> {
     fn read(inside: &'a str) -> Self {
         let closing = inside.starts_with('/');
         let bare = inside.trim_start_matches('/');
-        let name = bare.split(|c: char| c.is_whitespace() || c == '/').next().unwrap_or_default();
-        Self { name, inside, closing, empty: inside.ends_with('/') }
+        let name = bare
+            .split(|c: char| c.is_whitespace() || c == '/')
+            .next()
+            .unwrap_or_default();
+        Self {
+            name,
+            inside,
+            closing,
+            empty: inside.ends_with('/'),
+        }
     }
 }
 
@@ -110,7 +135,9 @@ impl<'a> Tag<'a> {
 /// ampersand that begins none stands for itself.
 fn entity(text: &str) -> (char, usize) {
     let itself = ('&', 1);
-    let Some(end) = text.bytes().take(12).position(|b| b == b';') else { return itself };
+    let Some(end) = text.bytes().take(12).position(|b| b == b';') else {
+        return itself;
+    };
     let c = match &text[1..end] {
         "amp" => Some('&'),
         "lt" => Some('<'),
@@ -149,12 +176,21 @@ mod tests {
     #[test]
     fn tags_go_and_words_stay_apart() {
         let cases = [
-            (r#"<w lemma="x">In</w> <w>the</w>  beginning<note placement="foot"><reference>1:1 </reference>A note.</note><w>God</w>"#, "In the beginning God"),
+            (
+                r#"<w lemma="x">In</w> <w>the</w>  beginning<note placement="foot"><reference>1:1 </reference>A note.</note><w>God</w>"#,
+                "In the beginning God",
+            ),
             (r#"men<note>x</note>, and"#, "men, and"),
             (r#"“<note>x</note>But he said.<note/>”"#, "“But he said.”"),
-            (r#"<div sID="a" type="x-p"/>One,<l eID="b"/><l sID="c"/>two<lb/>three <title>No<note>x</note> no</title>"#, "One, two three"),
+            (
+                r#"<div sID="a" type="x-p"/>One,<l eID="b"/><l sID="c"/>two<lb/>three <title>No<note>x</note> no</title>"#,
+                "One, two three",
+            ),
             ("the L<seg>ORD</seg>’s", "the LORD’s"),
-            ("a &lt;b&gt; &amp; c &#233;&#xe9; &unknown; d & e", "a <b> & c éé &unknown; d & e"),
+            (
+                "a &lt;b&gt; &amp; c &#233;&#xe9; &unknown; d & e",
+                "a <b> & c éé &unknown; d & e",
+            ),
             (r#"Amen.  <chapter eID="Rev.22"/> A glossary"#, "Amen."),
             ("  \n\t ", ""),
             ("cut <tag", "cut"),
@@ -179,7 +215,9 @@ mod tests {
 
     #[test]
     fn chapter_starts() {
-        let start = chapter_start(r#"<div/><chapter eID="Gen.1"/><chapter n="2" osisID="Gen.2" sID="Gen.2"/>"#);
+        let start = chapter_start(
+            r#"<div/><chapter eID="Gen.1"/><chapter n="2" osisID="Gen.2" sID="Gen.2"/>"#,
+        );
         assert_eq!(start, Some("Gen.2"));
         assert_eq!(chapter_start("<chapter "), None);
         assert_eq!(chapter_start("text"), None);

@@ -4,9 +4,21 @@ use std::io::Write;
 use super::*;
 
 const CANON: [BookSpec; 3] = [
-    BookSpec { name: "First", osis: "A", verses: &[2, 1] },
-    BookSpec { name: "Second", osis: "B", verses: &[1] },
-    BookSpec { name: "Third", osis: "C", verses: &[2] },
+    BookSpec {
+        name: "First",
+        osis: "A",
+        verses: &[2, 1],
+    },
+    BookSpec {
+        name: "Second",
+        osis: "B",
+        verses: &[1],
+    },
+    BookSpec {
+        name: "Third",
+        osis: "C",
+        verses: &[2],
+    },
 ];
 const ONE_MORE: [(&str, usize); 1] = [("C", 1)];
 
@@ -48,9 +60,20 @@ fn old(dir: &Path) {
         "ot",
         &[
             &["", "<milestone type=\"x-importer\"/>"],
-            &["Preface", MARK_A1, "One <w>one</w>.", "One<note>n</note>two.", MARK_A2, "Twó&amp;one."],
+            &[
+                "Preface",
+                MARK_A1,
+                "One <w>one</w>.",
+                "One<note>n</note>two.",
+                MARK_A2,
+                "Twó&amp;one.",
+            ],
             &["", "", "Second <l/>one."],
-            &[r#"<div type="book" sID="x"/>Intro"#, r#"<chapter osisID="X.1" sID="X.1"/>"#, "Extra one."],
+            &[
+                r#"<div type="book" sID="x"/>Intro"#,
+                r#"<chapter osisID="X.1" sID="X.1"/>"#,
+                "Extra one.",
+            ],
         ],
     );
 }
@@ -65,13 +88,24 @@ fn new(dir: &Path, verses: &[&str]) {
 fn books_chapters_verses_and_what_follows() {
     let tmp = tempfile::tempdir().unwrap();
     old(tmp.path());
-    new(tmp.path(), &["Third one.", "Third two. <chapter eID=\"C.1\"/>Glossary"]);
+    new(
+        tmp.path(),
+        &["Third one.", "Third two. <chapter eID=\"C.1\"/>Glossary"],
+    );
     let bible = open(tmp.path()).unwrap();
     assert_eq!(bible.versification(), Some(Versification::Kjv));
-    let names: Vec<_> = bible.books().iter().map(|b| (b.name, b.testament, b.verses.len())).collect();
+    let names: Vec<_> = bible
+        .books()
+        .iter()
+        .map(|b| (b.name, b.testament, b.verses.len()))
+        .collect();
     assert_eq!(
         names,
-        [("First", Testament::Old, 3), ("Second", Testament::Old, 1), ("Third", Testament::New, 2)]
+        [
+            ("First", Testament::Old, 3),
+            ("Second", Testament::Old, 1),
+            ("Third", Testament::New, 2)
+        ]
     );
     assert_eq!(bible.book("A").unwrap().verse(1, 2), Some("One two."));
     assert_eq!(bible.book("First").unwrap().verse(2, 1), Some("Twó&one."));
@@ -80,7 +114,10 @@ fn books_chapters_verses_and_what_follows() {
     assert_eq!(bible.other(), ["Extra one."]);
     let documents = bible.documents("\n").unwrap();
     assert_eq!(documents.len(), 4);
-    assert_eq!((documents[0].name.as_str(), documents[0].group.as_str()), ("First 1", "First"));
+    assert_eq!(
+        (documents[0].name.as_str(), documents[0].group.as_str()),
+        ("First 1", "First")
+    );
     assert_eq!(documents[0].text, "One one.\nOne two.");
 }
 
@@ -91,7 +128,10 @@ fn the_other_way_of_counting_and_missing_verses() {
     let bible = open(tmp.path()).unwrap();
     assert_eq!(bible.versification(), Some(Versification::Nrsv));
     let third = &bible.books()[0];
-    assert_eq!((third.verse(1, 2), third.verse(1, 3)), (None, Some("three")));
+    assert_eq!(
+        (third.verse(1, 2), third.verse(1, 3)),
+        (None, Some("three"))
+    );
 }
 
 #[test]
@@ -122,7 +162,11 @@ fn damage(change: impl Fn(&[u8], usize) -> Option<Vec<u8>>) -> usize {
         let path = tmp.path().join(file);
         let whole = fs::read(&path).unwrap();
         for n in 0..whole.len() {
-            let Some(bytes) = change(&whole, n) else { continue };
+            let Some(bytes) = change(&whole, n) else {
+                continue;
+            };
+            // A new file: overwriting makes some file systems wait for the disk.
+            fs::remove_file(&path).unwrap();
             fs::write(&path, bytes).unwrap();
             errors += usize::from(open(tmp.path()).is_err());
         }
@@ -153,7 +197,12 @@ fn bombs_and_missing_files_are_refused() {
     let mut bytes = fs::read(&index).unwrap();
     bytes[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
     fs::write(&index, &bytes).unwrap();
-    assert!(open(tmp.path()).unwrap_err().to_string().contains("too much"));
+    assert!(
+        open(tmp.path())
+            .unwrap_err()
+            .to_string()
+            .contains("too much")
+    );
     fs::remove_file(&index).unwrap();
     assert!(matches!(open(tmp.path()), Err(Error::Io { .. })));
 }

@@ -33,6 +33,9 @@ const OPTIONAL: [&str; 5] = [
     "special_tokens_map.json",
     "chat_template.jinja",
 ];
+/// What can be done without the hub.
+const NO_WAY: &str = "Without a network, give the path of a folder that holds the model, put it into a folder named by SEQUOR_MODELS, or use a model that is here already ('sequor models list'); behind a proxy set HTTPS_PROXY, for a mirror set HF_ENDPOINT";
+const TRY_AGAIN: &str = "Try again; what has arrived is kept";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -55,15 +58,23 @@ impl HubRef {
     /// the hub does not allow.
     pub fn parse(text: &str) -> Result<Self> {
         let bad = |why: &str| {
-            Error::Input(format!("'hf:{text}' is not a model on the hub ({why}); write hf:owner/name, hf:owner/name@revision or hf:owner/name/file.gguf"))
+            Error::Input(format!(
+                "'hf:{text}' is not a model on the hub ({why}); write hf:owner/name, hf:owner/name@revision or hf:owner/name/file.gguf"
+            ))
         };
         let (path, revision) = text.split_once('@').unwrap_or((text, "main"));
         let allowed = |part: &str| {
             (1..=96).contains(&part.len())
-                && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+                && part
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
                 && !part.starts_with('.')
         };
-        if let Some(part) = path.split('/').chain(revision.split('/')).find(|p| !allowed(p)) {
+        if let Some(part) = path
+            .split('/')
+            .chain(revision.split('/'))
+            .find(|p| !allowed(p))
+        {
             return Err(bad(&format!("'{part}' is not a name")));
         }
         let mut parts = path.splitn(3, '/');
@@ -121,7 +132,11 @@ impl Hub {
 
     /// As [`Hub::from_env`], with another source of variables.
     pub fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Self {
-        let text = |name: &str| var(name).and_then(|v| v.into_string().ok()).filter(|v| !v.is_empty());
+        let text = |name: &str| {
+            var(name)
+                .and_then(|v| v.into_string().ok())
+                .filter(|v| !v.is_empty())
+        };
         let dir = |name: &str| var(name).map(PathBuf::from).filter(|p| p.is_absolute());
         let home = dir("HF_HOME")
             .or_else(|| dir("XDG_CACHE_HOME").map(|d| d.join("huggingface")))
@@ -130,9 +145,19 @@ impl Hub {
             let token = std::fs::read_to_string(home.as_ref()?.join("token")).ok()?;
             Some(token.trim().to_owned()).filter(|t| !t.is_empty())
         };
-        let proxies = ["ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"];
+        let proxies = [
+            "ALL_PROXY",
+            "all_proxy",
+            "HTTPS_PROXY",
+            "https_proxy",
+            "HTTP_PROXY",
+            "http_proxy",
+        ];
         Self {
-            endpoint: text("HF_ENDPOINT").unwrap_or_else(|| DEFAULT_ENDPOINT.into()).trim_end_matches('/').into(),
+            endpoint: text("HF_ENDPOINT")
+                .unwrap_or_else(|| DEFAULT_ENDPOINT.into())
+                .trim_end_matches('/')
+                .into(),
             token: text("HF_TOKEN").or_else(stored),
             cache: dir("HF_HUB_CACHE").or_else(|| home.as_ref().map(|h| h.join("hub"))),
             proxy: proxies.iter().any(|p| text(p).is_some()),
@@ -187,7 +212,11 @@ impl Hub {
             let depth = file.rfilename.split('/').count();
             let here = path.ancestors().nth(depth).map(Path::to_owned);
             if folder.is_some() && folder != here {
-                return Err(network(model, "the repository changed while it was being fetched; try again"));
+                return Err(network(
+                    model,
+                    "the repository changed meanwhile",
+                    TRY_AGAIN,
+                ));
             }
             folder = here;
             last = Some(path);
@@ -195,7 +224,11 @@ impl Hub {
         match (&model.file, folder, last) {
             (Some(_), _, Some(file)) => Ok(file),
             (None, Some(folder), _) if has_weights(&folder) => Ok(folder),
-            _ => Err(network(model, "the index of its weights names files that the repository does not hold")),
+            _ => Err(network(
+                model,
+                "the index of its weights names files that the repository does not hold",
+                "Its publisher has to mend it",
+            )),
         }
     }
 
@@ -230,7 +263,13 @@ impl Hub {
     }
 
     /// Fetches one file into a hub cache, or finds it there.
-    fn file(&self, model: &HubRef, file: &Sibling, cache: &Path, progress: &dyn Progress) -> Result<PathBuf> {
+    fn file(
+        &self,
+        model: &HubRef,
+        file: &Sibling,
+        cache: &Path,
+        progress: &dyn Progress,
+    ) -> Result<PathBuf> {
         let repo = HubCache::new(cache.to_owned()).repo(model.repo());
         let name = file.rfilename.clone();
         if let Some(path) = repo.get(&name) {
@@ -241,15 +280,20 @@ impl Hub {
         let bar = Counter(counter.clone());
         let wanted = name.clone();
         progress.begin(&format!("{} of {}", name, model.repo), file.size);
-        let result =
-            self.watch(model, progress, &counter, self.stall, move || api.download_with_progress(&wanted, bar));
+        let result = self.watch(model, progress, &counter, self.stall, move || {
+            api.download_with_progress(&wanted, bar)
+        });
         progress.finish();
         let path = result?.map_err(|e| refuse(model, &name, e, cache))?;
 
         // Large files are named by their SHA-256 in the cache; resumed ones
         // especially deserve the check.
         let blob = path.canonicalize().map_err(|e| Error::io(&path, e))?;
-        let expected = blob.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_owned();
+        let expected = blob
+            .file_name()
+            .and_then(|n| n.to_str())
+            .unwrap_or_default()
+            .to_owned();
         if expected.len() == 64 {
             let (found, found_bytes) = verify::hash_file(&blob)?;
             if found != expected {
@@ -277,35 +321,64 @@ impl Hub {
             .with_user_agent("sequor", env!("CARGO_PKG_VERSION"))
             .build()
             .map(|api| api.repo(model.repo()))
-            .map_err(|e| network(model, &e.to_string()))
+            .map_err(|e| network(model, &e.to_string(), TRY_AGAIN))
     }
 
     /// What the repository holds.
     fn info(&self, model: &HubRef, cache: &Path) -> Result<Info> {
-        let request = self.api(model, cache)?.info_request().query("blobs", "true").timeout(self.stall);
-        let answer = self.watch(model, &super::progress::Silent, &AtomicU64::new(0), self.stall * 2, move || {
-            match request.call() {
+        let request = self
+            .api(model, cache)?
+            .info_request()
+            .query("blobs", "true")
+            .timeout(self.stall);
+        let answer = self.watch(
+            model,
+            &super::progress::Silent,
+            &AtomicU64::new(0),
+            self.stall * 2,
+            move || match request.call() {
                 Ok(response) => response.into_string().map_err(|e| (None, e.to_string())),
                 Err(e) => {
                     let text = e.to_string();
                     Err((e.into_response().map(|r| r.status()), text))
                 }
-            }
-        })?;
+            },
+        )?;
         let text = answer.map_err(|(status, text)| match status {
-            Some(401 | 403) => network(model, &format!(
-                "the hub says that this repository does not exist, or that it asks for a login. Accept its licence on {}/{} and set HF_TOKEN", self.endpoint, model.repo
-            )),
-            Some(404) => network(model, &format!("there is no such repository, or no revision '{}' of it", model.revision)),
-            _ => network(model, &text),
+            Some(401 | 403) => network(
+                model,
+                "the hub says that there is no such repository, or that it asks for a login",
+                &format!(
+                    "Look at {}/{}; where it asks, accept its licence there and set HF_TOKEN",
+                    self.endpoint, model.repo
+                ),
+            ),
+            Some(404) => network(
+                model,
+                &format!(
+                    "there is no such repository, or no revision '{}' of it",
+                    model.revision
+                ),
+                "Check the name; it is written owner/name",
+            ),
+            _ => network(model, &text, TRY_AGAIN),
         })?;
-        serde_json::from_str(&text).map_err(|e| network(model, &format!("the hub's answer makes no sense: {e}")))
+        serde_json::from_str(&text).map_err(|e| {
+            network(
+                model,
+                &format!("the hub's answer makes no sense ({e})"),
+                "Is HF_ENDPOINT, or a proxy, in the way?",
+            )
+        })
     }
 
     /// Fails soon, and in plain words, where there is no way to the hub.
     fn reach(&self, model: &HubRef) -> Result<()> {
         let host = host_and_port(&self.endpoint).ok_or_else(|| {
-            Error::Config(format!("HF_ENDPOINT is '{}', which is not a web address such as {DEFAULT_ENDPOINT}", self.endpoint))
+            Error::Config(format!(
+                "HF_ENDPOINT is '{}', which is not a web address such as {DEFAULT_ENDPOINT}",
+                self.endpoint
+            ))
         })?;
         if self.proxy {
             return Ok(());
@@ -318,7 +391,9 @@ impl Hub {
             let end = Instant::now() + patience;
             let mut reason = "its name leads nowhere".to_owned();
             for address in target.to_socket_addrs().map_err(|e| e.to_string())? {
-                let left = end.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+                let left = end
+                    .saturating_duration_since(Instant::now())
+                    .max(Duration::from_millis(1));
                 match TcpStream::connect_timeout(&address, left) {
                     Ok(_) => return Ok(()),
                     Err(e) => reason = e.to_string(),
@@ -333,9 +408,8 @@ impl Hub {
         };
         Err(network(
             model,
-            &format!(
-                "{host} cannot be reached ({reason}). Without a network: give the path of a folder that holds the model, put it into a folder named by SEQUOR_MODELS, or use a model that is here already ('sequor models list'); behind a proxy set HTTPS_PROXY, for a mirror set HF_ENDPOINT"
-            ),
+            &format!("{host} cannot be reached ({reason})"),
+            NO_WAY,
         ))
     }
 
@@ -359,7 +433,7 @@ impl Hub {
             match receive.recv_timeout(Duration::from_millis(50)) {
                 Ok(value) => return Ok(value),
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err(network(model, "the transfer ended in an internal failure; try again"));
+                    return Err(network(model, "the transfer broke off", TRY_AGAIN));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -373,7 +447,8 @@ impl Hub {
             } else if last.1.elapsed() > patience {
                 return Err(network(
                     model,
-                    &format!("nothing arrived for {} seconds; try again, it will go on where it stopped", patience.as_secs_f64()),
+                    &format!("nothing arrived for {} seconds", patience.as_secs_f64()),
+                    TRY_AGAIN,
                 ));
             }
         }
@@ -429,12 +504,18 @@ impl Info {
     }
 
     fn licence(&self) -> &str {
-        self.tags.iter().find_map(|t| t.strip_prefix("license:")).unwrap_or("not stated")
+        self.tags
+            .iter()
+            .find_map(|t| t.strip_prefix("license:"))
+            .unwrap_or("not stated")
     }
 
     /// The files that make a model, small ones first.
     fn select(&self, model: &HubRef) -> Result<Vec<&Sibling>> {
-        let mut files = vec![self.file("config.json").ok_or_else(|| self.lacks(model, "config.json"))?];
+        let mut files = vec![
+            self.file("config.json")
+                .ok_or_else(|| self.lacks(model, "config.json"))?,
+        ];
         files.extend(OPTIONAL.iter().filter_map(|name| self.file(name)));
         if let Some(weights) = self.file(WEIGHTS) {
             files.push(weights);
@@ -448,11 +529,20 @@ impl Info {
     }
 
     fn lacks(&self, model: &HubRef, file: &str) -> Error {
-        let gguf: Vec<_> =
-            self.siblings.iter().map(|s| s.rfilename.as_str()).filter(|n| n.ends_with(".gguf")).take(20).collect();
+        let gguf: Vec<_> = self
+            .siblings
+            .iter()
+            .map(|s| s.rfilename.as_str())
+            .filter(|n| n.ends_with(".gguf"))
+            .take(20)
+            .collect();
         let mut message = format!("the hub repository {} holds no {file}", model.repo);
         if let Some(first) = gguf.first() {
-            message += &format!("; it holds GGUF files, take one by its name, as in hf:{}/{first} (there are: {})", model.repo, gguf.join(", "));
+            message += &format!(
+                "; it holds GGUF files, take one by its name, as in hf:{}/{first} (there are: {})",
+                model.repo,
+                gguf.join(", ")
+            );
         }
         Error::Unsupported(message)
     }
@@ -476,9 +566,15 @@ fn has_weights(folder: &Path) -> bool {
     struct Index {
         weight_map: std::collections::BTreeMap<String, String>,
     }
-    let Ok(text) = std::fs::read_to_string(folder.join(INDEX)) else { return false };
-    serde_json::from_str::<Index>(&text)
-        .is_ok_and(|index| index.weight_map.values().all(|shard| is_shard(shard) && folder.join(shard).is_file()))
+    let Ok(text) = std::fs::read_to_string(folder.join(INDEX)) else {
+        return false;
+    };
+    serde_json::from_str::<Index>(&text).is_ok_and(|index| {
+        index
+            .weight_map
+            .values()
+            .all(|shard| is_shard(shard) && folder.join(shard).is_file())
+    })
 }
 
 /// `host:port` of a web address.
@@ -490,13 +586,28 @@ fn host_and_port(endpoint: &str) -> Option<String> {
         _ => return None,
     };
     let host = rest.split('/').next().unwrap_or_default();
-    let plain = !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:[]".contains(&b));
-    let has_port = host.rsplit_once(':').is_some_and(|(_, p)| p.parse::<u16>().is_ok());
-    plain.then(|| if has_port { host.to_owned() } else { format!("{host}:{port}") })
+    let plain = !host.is_empty()
+        && host
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-._:[]".contains(&b));
+    let has_port = host
+        .rsplit_once(':')
+        .is_some_and(|(_, p)| p.parse::<u16>().is_ok());
+    plain.then(|| {
+        if has_port {
+            host.to_owned()
+        } else {
+            format!("{host}:{port}")
+        }
+    })
 }
 
-fn network(model: &HubRef, reason: &str) -> Error {
-    Error::Network { what: model.to_string(), reason: reason.to_owned() }
+fn network(model: &HubRef, reason: &str, remedy: &str) -> Error {
+    Error::Network {
+        what: model.to_string(),
+        reason: reason.to_owned(),
+        remedy: remedy.to_owned(),
+    }
 }
 
 fn refuse(model: &HubRef, file: &str, error: ApiError, cache: &Path) -> Error {
@@ -504,14 +615,23 @@ fn refuse(model: &HubRef, file: &str, error: ApiError, cache: &Path) -> Error {
         ApiError::TooManyRetries(inner) => refuse(model, file, *inner, cache),
         // Broken transfers are errors of the operating system, too.
         ApiError::IoError(e) => match Error::write(cache, e) {
-            Error::Io { source, .. } => network(model, &format!("{file}: {source}")),
+            Error::Io { source, .. } => network(model, &format!("{file}: {source}"), TRY_AGAIN),
             full_or_forbidden => full_or_forbidden,
         },
-        ApiError::LockAcquisition(_) => network(model, "another process is fetching the same file; wait for it and try again"),
-        ApiError::InvalidResume => network(model, &format!(
-            "an interrupted download of {file} cannot be continued; delete the .part files below {} and try again", cache.display()
-        )),
-        other => network(model, &format!("{file}: {other}")),
+        ApiError::LockAcquisition(_) => network(
+            model,
+            "another process is fetching it",
+            "Wait for that one and try again",
+        ),
+        ApiError::InvalidResume => network(
+            model,
+            &format!("an interrupted download of {file} cannot be continued"),
+            &format!(
+                "Delete the .part files below {} and try again",
+                cache.display()
+            ),
+        ),
+        other => network(model, &format!("{file}: {other}"), TRY_AGAIN),
     }
 }
 

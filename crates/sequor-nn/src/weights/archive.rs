@@ -116,14 +116,21 @@ impl<'a> Zip<'a> {
         let head = self.record(at, CENTRAL_LEN, CENTRAL, "directory entry")?;
         let [name_len, extra_len, comment_len] =
             [28, 30, 32].map(|field| usize::from(u16_at(head, field)));
-        let whole =
-            self.record(at, CENTRAL_LEN + name_len + extra_len + comment_len, CENTRAL, "entry")?;
+        let whole = self.record(
+            at,
+            CENTRAL_LEN + name_len + extra_len + comment_len,
+            CENTRAL,
+            "entry",
+        )?;
         let (name, rest) = whole[CENTRAL_LEN..].split_at(name_len);
         let name = std::str::from_utf8(name)
             .map_err(|_| self.bad(&format!("the member name at byte {at} is not UTF-8")))?;
 
-        let [packed_len, len, local] =
-            self.sizes(name, [20, 24, 42].map(|field| u32_at(head, field)), &rest[..extra_len])?;
+        let [packed_len, len, local] = self.sizes(
+            name,
+            [20, 24, 42].map(|field| u32_at(head, field)),
+            &rest[..extra_len],
+        )?;
         let (flags, method) = (u16_at(head, 8), u16_at(head, 10));
         let member = if method == 0 && flags & ENCRYPTED == 0 {
             if packed_len != len {

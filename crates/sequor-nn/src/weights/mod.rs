@@ -10,6 +10,23 @@
 //! executed. Files are mapped where possible; like every mapped file they must
 //! not be truncated in place while they are open (replacing them is fine, and is
 //! what [`write_safetensors`] does).
+//!
+//! ```
+//! use sequor_nn::weights::{self, TensorSource};
+//! use sequor_nn::{Device, Kind, Tensor};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let folder = tempfile::tempdir()?;
+//! let weight = Tensor::f_ones([2, 3], (Kind::BFloat16, Device::Cpu))?;
+//! let path = folder.path().join("model.safetensors");
+//! weights::write_safetensors(&path, &[("linear.weight", &weight)], &Default::default())?;
+//!
+//! let source = weights::open(folder.path())?;
+//! assert_eq!(source.names(), ["linear.weight"]);
+//! assert_eq!(source.load("linear.weight")?.size(), [2, 3]);
+//! # Ok(())
+//! # }
+//! ```
 
 #[cfg(target_endian = "big")]
 compile_error!("weight files are little-endian and are read without conversion");
@@ -61,8 +78,16 @@ pub fn open(path: &Path) -> Result<Box<dyn TensorSource>> {
 /// # Errors
 /// As [`open`].
 pub fn open_with(path: &Path, limits: &Limits) -> Result<Box<dyn TensorSource>> {
-    let file = if path.is_dir() { weights_in(path)? } else { path.to_owned() };
-    if file.as_os_str().as_encoded_bytes().ends_with(b".index.json") {
+    let file = if path.is_dir() {
+        weights_in(path)?
+    } else {
+        path.to_owned()
+    };
+    if file
+        .as_os_str()
+        .as_encoded_bytes()
+        .ends_with(b".index.json")
+    {
         return Ok(Box::new(Sharded::open_with(&file, limits)?));
     }
     open_content(&file, limits)
@@ -92,11 +117,13 @@ fn recognise(path: PathBuf, data: Data, limits: &Limits) -> Result<Box<dyn Tenso
     if start.starts_with(b"GGUF") {
         return Ok(Box::new(Gguf::new(path, data, limits)?));
     }
-    if start.starts_with(archive::MAGIC) {
-        return Ok(Box::new(TorchCheckpoint::new(path, data, limits)?));
-    }
+    // Before the zip magic, which a header length can look like; byte 8 of a
+    // stored zip member is its compression method, 0.
     if start.get(8) == Some(&b'{') {
         return Ok(Box::new(Safetensors::new(path, data, limits)?));
+    }
+    if start.starts_with(archive::MAGIC) {
+        return Ok(Box::new(TorchCheckpoint::new(path, data, limits)?));
     }
     Err(unrecognised(&path, start))
 }
@@ -104,7 +131,10 @@ fn recognise(path: PathBuf, data: Data, limits: &Limits) -> Result<Box<dyn Tenso
 /// Says what an unreadable file probably is.
 fn unrecognised(path: &Path, start: &[u8]) -> Error {
     let known: [(&[u8], &str); 6] = [
-        (b"version https://git-lfs", "a Git LFS pointer, not the weights; run `git lfs pull`"),
+        (
+            b"version https://git-lfs",
+            "a Git LFS pointer, not the weights; run `git lfs pull`",
+        ),
         (b"<", "a web page, not the weights; the download went wrong"),
         (
             b"{",
@@ -115,10 +145,19 @@ fn unrecognised(path: &Path, start: &[u8]) -> Error {
             "a bare pickle, probably saved by PyTorch before 1.6; load it in PyTorch and save it \
              again with torch.save or safetensors",
         ),
-        (b"lmgg", "a GGML file from before GGUF; convert the model again"),
-        (b"tjgg", "a GGJT file from before GGUF; convert the model again"),
+        (
+            b"lmgg",
+            "a GGML file from before GGUF; convert the model again",
+        ),
+        (
+            b"tjgg",
+            "a GGJT file from before GGUF; convert the model again",
+        ),
     ];
-    let what = known.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, what)| *what);
+    let what = known
+        .iter()
+        .find(|(magic, _)| start.starts_with(magic))
+        .map(|(_, what)| *what);
     let what = what.unwrap_or("neither safetensors nor GGUF nor a torch.save archive");
     Error::weights(path, format!("this is {what}"))
 }
@@ -151,9 +190,10 @@ fn weights_in(folder: &Path) -> Result<PathBuf> {
     for wanted in order {
         let found: Vec<&String> = match wanted {
             Wanted::Name(name) => names.iter().filter(|n| *n == name).collect(),
-            Wanted::Only(ends) => {
-                names.iter().filter(|n| ends.iter().any(|end| n.ends_with(end))).collect()
-            }
+            Wanted::Only(ends) => names
+                .iter()
+                .filter(|n| ends.iter().any(|end| n.ends_with(end)))
+                .collect(),
         };
         match found.as_slice() {
             [] => {}

@@ -91,8 +91,8 @@ impl Pickle {
 /// Values and memo entries of one pickle; a state dict takes about twenty of
 /// each per tensor.
 const MAX_VALUES: usize = 4_000_000;
-/// References to values in containers and on the stack.
-const MAX_REFERENCES: usize = 16_000_000;
+/// References to values in containers and on the stack, and dimensions.
+const MAX_REFERENCES: usize = 32_000_000;
 /// Arguments of a call; tensors have seven or eight.
 const MAX_ARGUMENTS: usize = 16;
 /// Dimensions of a tensor; libtorch has the same bound for strided views.
@@ -113,7 +113,10 @@ pub(super) fn read(path: &Path, program: &[u8]) -> Result<Pickle> {
         references: 0,
     };
     let root = machine.run()?;
-    Ok(Pickle { values: machine.values, root })
+    Ok(Pickle {
+        values: machine.values,
+        root,
+    })
 }
 
 struct Machine<'a> {
@@ -125,7 +128,8 @@ struct Machine<'a> {
     /// Stack heights at each MARK.
     marks: Vec<usize>,
     memo: HashMap<u32, Id>,
-    /// How often a value was put on the stack or copied into a container.
+    /// How often a value was put on the stack or copied into a container, and how
+    /// many dimensions were copied into tensors.
     references: usize,
 }
 
@@ -318,7 +322,9 @@ impl<'a> Machine<'a> {
     }
 
     fn take(&mut self, n: u64) -> Result<&'a [u8]> {
-        let split = usize::try_from(n).ok().and_then(|n| self.rest.split_at_checked(n));
+        let split = usize::try_from(n)
+            .ok()
+            .and_then(|n| self.rest.split_at_checked(n));
         let Some((taken, rest)) = split else {
             return Err(self.bad(format!("{n} bytes expected, {} left", self.rest.len())));
         };
@@ -368,6 +374,12 @@ impl<'a> Machine<'a> {
         self.push(Value::Opaque)
     }
 
+    /// One tuple of sizes can serve many tensors, so the copies are counted.
+    fn push_view(&mut self, view: View) -> Result<()> {
+        self.references += view.shape.len() + view.strides.len();
+        self.push(Value::Tensor(Box::new(view)))
+    }
+
     /// The height below which the current MARK forbids to reach.
     fn floor(&self) -> usize {
         self.marks.last().copied().unwrap_or(0)
@@ -385,8 +397,13 @@ impl<'a> Machine<'a> {
     }
 
     fn pop_n(&mut self, n: usize) -> Result<Vec<Id>> {
-        let at = self.stack.len().checked_sub(n).filter(|&at| at >= self.floor());
-        at.map(|at| self.stack.split_off(at)).ok_or_else(|| self.bad("an empty stack"))
+        let at = self
+            .stack
+            .len()
+            .checked_sub(n)
+            .filter(|&at| at >= self.floor());
+        at.map(|at| self.stack.split_off(at))
+            .ok_or_else(|| self.bad("an empty stack"))
     }
 
     fn pop_mark(&mut self) -> Result<Vec<Id>> {
@@ -425,7 +442,10 @@ impl<'a> Machine<'a> {
     }
 
     fn recall(&mut self, n: u32) -> Result<()> {
-        let id = *self.memo.get(&n).ok_or_else(|| self.bad(format!("no memo {n}")))?;
+        let id = *self
+            .memo
+            .get(&n)
+            .ok_or_else(|| self.bad(format!("no memo {n}")))?;
         self.push_id(id)
     }
 
@@ -485,7 +505,7 @@ impl<'a> Machine<'a> {
             Global::Device => self.push(Value::Opaque),
             Global::RebuildTensor => {
                 let view = self.view(&args, None)?;
-                self.push(Value::Tensor(Box::new(view)))
+                self.push_view(view)
             }
             Global::RebuildTensorV3 => {
                 let dtype = match args.get(6).map(|&id| self.value(id)) {
@@ -493,7 +513,7 @@ impl<'a> Machine<'a> {
                     _ => return Err(self.bad("a tensor without a dtype")),
                 };
                 let view = self.view(&args, Some(dtype))?;
-                self.push(Value::Tensor(Box::new(view)))
+                self.push_view(view)
             }
             Global::RebuildParameter => match args.first() {
                 Some(&tensor) if matches!(self.value(tensor), Value::Tensor(_)) => {
@@ -531,7 +551,9 @@ impl<'a> Machine<'a> {
             self.check_room(self.references, MAX_REFERENCES)?;
         }
         let bad = || self.bad("an OrderedDict that is not made of pairs");
-        let Value::Sequence(list) = self.value(list) else { return Err(bad()) };
+        let Value::Sequence(list) = self.value(list) else {
+            return Err(bad());
+        };
         list.iter()
             .map(|&pair| match self.value(pair) {
                 Value::Sequence(pair) => match pair.as_slice() {
@@ -553,7 +575,9 @@ impl<'a> Machine<'a> {
             return Err(self.bad("a tensor without a storage"));
         };
         // Marks such as a pending conjugation change what the bytes mean.
-        let marks = rest.get(if dtype.is_some() { 3 } else { 2 }).map(|&id| self.value(id));
+        let marks = rest
+            .get(if dtype.is_some() { 3 } else { 2 })
+            .map(|&id| self.value(id));
         if let Some(Value::Dict(marks)) = marks
             && !marks.is_empty()
         {
@@ -615,7 +639,11 @@ impl<'a> Machine<'a> {
         if key.len() > MAX_KEY_BYTES {
             return Err(self.bad(format!("a storage key of {} bytes", key.len())));
         }
-        let storage = Storage { key: key.clone(), dtype: dtype.clone(), len: self.natural(len)? };
+        let storage = Storage {
+            key: key.clone(),
+            dtype: dtype.clone(),
+            len: self.natural(len)?,
+        };
         self.push(Value::Storage(Box::new(storage)))
     }
 }

@@ -22,7 +22,10 @@ impl NewTensor {
     /// The old tensor itself, under `name`.
     #[must_use]
     pub fn renamed(name: impl Into<String>) -> Self {
-        Self { name: name.into(), steps: Vec::new() }
+        Self {
+            name: name.into(),
+            steps: Vec::new(),
+        }
     }
 }
 
@@ -67,19 +70,25 @@ impl Transform {
             },
             Self::Slice { dim, start, len } => {
                 let mut new = old.to_vec();
-                let size = new.get_mut(*dim).ok_or(format!("there is no dimension {dim}"))?;
+                let size = new
+                    .get_mut(*dim)
+                    .ok_or(format!("there is no dimension {dim}"))?;
                 let fits = *start >= 0
                     && *len >= 0
                     && start.checked_add(*len).is_some_and(|end| end <= *size);
                 if !fits {
-                    return Err(format!("{len} indices from {start} do not fit dimension {dim}"));
+                    return Err(format!(
+                        "{len} indices from {start} do not fit dimension {dim}"
+                    ));
                 }
                 *size = *len;
                 Ok(new)
             }
             Self::Reshape(new) => {
                 let count = |shape: &[i64]| {
-                    shape.iter().try_fold(1i64, |n, &d| n.checked_mul(d).filter(|_| d >= 0))
+                    shape
+                        .iter()
+                        .try_fold(1i64, |n, &d| n.checked_mul(d).filter(|_| d >= 0))
                 };
                 if count(new).is_none() || count(new) != count(old) {
                     return Err(format!("shape {new:?} has another number of elements"));
@@ -145,7 +154,9 @@ impl<S: TensorSource> Renamed<S> {
     ) -> Result<Self> {
         let mut table: BTreeMap<String, Origin> = BTreeMap::new();
         for old in source.names() {
-            let Some(info) = source.info(&old) else { continue };
+            let Some(info) = source.info(&old) else {
+                continue;
+            };
             for NewTensor { name, steps } in rename(&old, &info) {
                 let info = transformed(&source, &old, &name, &info, &steps)?;
                 if let Some(other) = table.get(&name) {
@@ -154,7 +165,14 @@ impl<S: TensorSource> Renamed<S> {
                         format!("tensors '{}' and '{old}' both become '{name}'", other.old),
                     ));
                 }
-                table.insert(name, Origin { old: old.clone(), steps, info });
+                table.insert(
+                    name,
+                    Origin {
+                        old: old.clone(),
+                        steps,
+                        info,
+                    },
+                );
             }
         }
         Ok(Self { source, table })
@@ -174,7 +192,10 @@ impl<S: TensorSource> Renamed<S> {
             if source.info(&old).is_none() {
                 return Err(absent(source.path(), &old));
             }
-            by_old.entry(old).or_default().push(NewTensor { name, steps });
+            by_old
+                .entry(old)
+                .or_default()
+                .push(NewTensor { name, steps });
         }
         Self::new(source, |old, _| by_old.remove(old).unwrap_or_default())
     }
@@ -186,7 +207,10 @@ impl<S: TensorSource> Renamed<S> {
     /// No tensor has the prefix.
     pub fn strip_prefix(source: S, prefix: &str) -> Result<Self> {
         let renamed = Self::new(source, |old, _| {
-            old.strip_prefix(prefix).map(NewTensor::renamed).into_iter().collect()
+            old.strip_prefix(prefix)
+                .map(NewTensor::renamed)
+                .into_iter()
+                .collect()
         })?;
         if renamed.table.is_empty() {
             return Err(Error::weights(
@@ -220,7 +244,10 @@ fn transformed(
             )
         })?;
     }
-    Ok(TensorInfo { shape, ..info.clone() })
+    Ok(TensorInfo {
+        shape,
+        ..info.clone()
+    })
 }
 
 impl<S: TensorSource> TensorSource for Renamed<S> {
@@ -238,7 +265,10 @@ impl<S: TensorSource> TensorSource for Renamed<S> {
     }
 
     fn load(&self, name: &str) -> Result<Tensor> {
-        let origin = self.table.get(name).ok_or_else(|| absent(self.path(), name))?;
+        let origin = self
+            .table
+            .get(name)
+            .ok_or_else(|| absent(self.path(), name))?;
         let mut tensor = self.source.load(&origin.old)?;
         for step in &origin.steps {
             tensor = step.apply(&tensor)?;

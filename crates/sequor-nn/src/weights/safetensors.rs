@@ -70,7 +70,12 @@ impl Safetensors {
 
     pub(super) fn new(path: PathBuf, data: Data, limits: &Limits) -> Result<Self> {
         let (tensors, metadata) = parse(&path, data.bytes(), limits)?;
-        Ok(Self { path, data, tensors, metadata })
+        Ok(Self {
+            path,
+            data,
+            tensors,
+            metadata,
+        })
     }
 }
 
@@ -93,7 +98,10 @@ impl TensorSource for Safetensors {
     }
 
     fn load(&self, name: &str) -> Result<Tensor> {
-        let entry = self.tensors.get(name).ok_or_else(|| absent(&self.path, name))?;
+        let entry = self
+            .tensors
+            .get(name)
+            .ok_or_else(|| absent(&self.path, name))?;
         let bytes = self.data.bytes().get(entry.range.clone()).ok_or_else(|| {
             Error::weights(&self.path, format!("tensor '{name}' lies outside the file"))
         })?;
@@ -114,7 +122,10 @@ fn parse(path: &Path, bytes: &[u8], limits: &Limits) -> Result<Directory> {
     let Some((prefix, rest)) = bytes.split_first_chunk::<PREFIX>() else {
         return Err(Error::weights(
             path,
-            format!("{} bytes are too few for a safetensors file; it is truncated", bytes.len()),
+            format!(
+                "{} bytes are too few for a safetensors file; it is truncated",
+                bytes.len()
+            ),
         ));
     };
     let header_len = u64::from_le_bytes(*prefix);
@@ -126,8 +137,9 @@ fn parse(path: &Path, bytes: &[u8], limits: &Limits) -> Result<Directory> {
             limits.max_header_bytes
         )));
     }
-    let header_and_data =
-        usize::try_from(header_len).ok().and_then(|header_len| rest.split_at_checked(header_len));
+    let header_and_data = usize::try_from(header_len)
+        .ok()
+        .and_then(|header_len| rest.split_at_checked(header_len));
     let Some((header, data)) = header_and_data else {
         return Err(Error::weights(
             path,
@@ -138,12 +150,20 @@ fn parse(path: &Path, bytes: &[u8], limits: &Limits) -> Result<Directory> {
         ));
     };
     if header.first() != Some(&b'{') {
-        return Err(Error::weights(path, "the header does not start with '{'; not safetensors"));
+        return Err(Error::weights(
+            path,
+            "the header does not start with '{'; not safetensors",
+        ));
     }
     let header = read_header(header, limits)
         .map_err(|e| Error::weights(path, format!("the header is not valid: {e}")))?;
 
-    let tensors = tile(path, header.tensors, bytes.len() - data.len(), data.len() as u64)?;
+    let tensors = tile(
+        path,
+        header.tensors,
+        bytes.len() - data.len(),
+        data.len() as u64,
+    )?;
     Ok((tensors, header.metadata))
 }
 
@@ -160,7 +180,15 @@ fn tile(
 
     let mut covered = 0;
     let mut tensors = BTreeMap::new();
-    for (name, RawEntry { dtype, shape, data_offsets: (begin, end) }) in in_order {
+    for (
+        name,
+        RawEntry {
+            dtype,
+            shape,
+            data_offsets: (begin, end),
+        },
+    ) in in_order
+    {
         check_name(path, &name)?;
         let bad = |what: String| Error::weights(path, format!("tensor '{name}': {what}"));
         if begin != covered || end < begin || end > data_len {
@@ -182,7 +210,14 @@ fn tile(
         }
         // Both ends are at most `data_len`, which is the length of a slice.
         let range = start + begin as usize..start + end as usize;
-        tensors.insert(name, Entry { shape, dtype, range });
+        tensors.insert(
+            name,
+            Entry {
+                shape,
+                dtype,
+                range,
+            },
+        );
     }
     if covered != data_len {
         return Err(Error::weights(
@@ -266,9 +301,9 @@ impl<'de> Visitor<'de> for HeaderSeed<'_> {
                 }
                 continue;
             }
-            let entry = map.next_value::<RawEntry>().map_err(|e| {
-                A::Error::custom(format!("tensor '{}': {e}", name.escape_debug()))
-            })?;
+            let entry = map
+                .next_value::<RawEntry>()
+                .map_err(|e| A::Error::custom(format!("tensor '{}': {e}", name.escape_debug())))?;
             if tensors.len() >= self.limits.max_tensors {
                 return Err(A::Error::custom(format!(
                     "more than {} tensors, which is the limit",
@@ -280,7 +315,10 @@ impl<'de> Visitor<'de> for HeaderSeed<'_> {
             }
             tensors.insert(name, entry);
         }
-        Ok(Header { tensors, metadata: metadata.unwrap_or_default() })
+        Ok(Header {
+            tensors,
+            metadata: metadata.unwrap_or_default(),
+        })
     }
 }
 

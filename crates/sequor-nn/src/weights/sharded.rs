@@ -45,7 +45,10 @@ impl Sharded {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_with(index: &Path, limits: &Limits) -> Result<Self> {
-        let Index { metadata, weight_map: UniqueMap(weight_map) } = read_index(index, limits)?;
+        let Index {
+            metadata,
+            weight_map: UniqueMap(weight_map),
+        } = read_index(index, limits)?;
         if weight_map.len() > limits.max_tensors {
             return Err(Error::Limits(format!(
                 "{}: {} tensors, at most {} are allowed",
@@ -83,11 +86,18 @@ impl Sharded {
                 other => (key, other.to_string()),
             })
             .collect();
-        Ok(Self { path: index.to_owned(), shards, shard_of, metadata })
+        Ok(Self {
+            path: index.to_owned(),
+            shards,
+            shard_of,
+            metadata,
+        })
     }
 
     fn shard(&self, name: &str) -> Option<&dyn TensorSource> {
-        self.shards.get(*self.shard_of.get(name)?).map(AsRef::as_ref)
+        self.shards
+            .get(*self.shard_of.get(name)?)
+            .map(AsRef::as_ref)
     }
 }
 
@@ -115,7 +125,10 @@ fn open_shard(
     limits: &Limits,
 ) -> Result<Box<dyn TensorSource>> {
     let mut parts = Path::new(file).components();
-    let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
+    let plain = matches!(
+        (parts.next(), parts.next()),
+        (Some(Component::Normal(_)), None)
+    );
     if !plain || file.contains(['/', '\\', ':', '\0']) {
         return Err(Error::weights(
             index,
@@ -155,7 +168,9 @@ impl TensorSource for Sharded {
     }
 
     fn load(&self, name: &str) -> Result<Tensor> {
-        self.shard(name).ok_or_else(|| absent(&self.path, name))?.load(name)
+        self.shard(name)
+            .ok_or_else(|| absent(&self.path, name))?
+            .load(name)
     }
 
     fn metadata(&self) -> &BTreeMap<String, String> {

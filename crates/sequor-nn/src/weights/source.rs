@@ -242,9 +242,14 @@ impl Data {
     /// opened, because opening a FIFO would wait for a writer.
     pub(super) fn open(path: &Path) -> Result<Self> {
         if regular_file_len(path)? == 0 {
-            return Err(Error::weights(path, "the file is empty; fetch or save it again"));
+            return Err(Error::weights(
+                path,
+                "the file is empty; fetch or save it again",
+            ));
         }
-        MappedFile::open(path).map(Self::Mapped).map_err(|e| Error::io(path, e))
+        MappedFile::open(path)
+            .map(Self::Mapped)
+            .map_err(|e| Error::io(path, e))
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
@@ -257,7 +262,11 @@ impl Data {
 
 impl fmt::Debug for Data {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let how = if matches!(self, Self::Mapped(_)) { "mapped" } else { "in memory" };
+        let how = if matches!(self, Self::Mapped(_)) {
+            "mapped"
+        } else {
+            "in memory"
+        };
         write!(f, "{} bytes, {how}", self.bytes().len())
     }
 }
@@ -266,7 +275,10 @@ impl fmt::Debug for Data {
 pub(super) fn regular_file_len(path: &Path) -> Result<u64> {
     let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
     if meta.is_dir() {
-        return Err(Error::weights(path, "expected a weight file, found a folder"));
+        return Err(Error::weights(
+            path,
+            "expected a weight file, found a folder",
+        ));
     }
     if !meta.is_file() {
         return Err(Error::weights(
@@ -285,7 +297,10 @@ const MAX_RANK: usize = 64;
 /// Refuses names that could not be printed or passed on as C strings.
 pub(super) fn check_name(path: &Path, name: &str) -> Result<()> {
     if name.contains('\0') {
-        return Err(Error::weights(path, format!("the name {name:?} contains a NUL character")));
+        return Err(Error::weights(
+            path,
+            format!("the name {name:?} contains a NUL character"),
+        ));
     }
     if name.len() > MAX_NAME_BYTES {
         return Err(Error::Limits(format!(
@@ -303,7 +318,10 @@ pub(super) fn check_name(path: &Path, name: &str) -> Result<()> {
 pub(super) fn check_shape(path: &Path, name: &str, dims: &[u64]) -> Result<(Vec<i64>, u64)> {
     let bad = |what: String| Error::weights(path, format!("tensor '{name}': {what}"));
     if dims.len() > MAX_RANK {
-        return Err(bad(format!("{} dimensions, at most {MAX_RANK} are possible", dims.len())));
+        return Err(bad(format!(
+            "{} dimensions, at most {MAX_RANK} are possible",
+            dims.len()
+        )));
     }
     let shape = dims
         .iter()
@@ -315,9 +333,15 @@ pub(super) fn check_shape(path: &Path, name: &str, dims: &[u64]) -> Result<(Vec<
         i64::try_from(d).ok().and_then(|d| n.checked_mul(d))
     });
     let Some(nonzero) = nonzero else {
-        return Err(bad(format!("the number of elements of shape {dims:?} overflows")));
+        return Err(bad(format!(
+            "the number of elements of shape {dims:?} overflows"
+        )));
     };
-    let numel = if dims.contains(&0) { 0 } else { nonzero.unsigned_abs() };
+    let numel = if dims.contains(&0) {
+        0
+    } else {
+        nonzero.unsigned_abs()
+    };
     Ok((shape, numel))
 }
 
@@ -325,7 +349,7 @@ pub(super) fn check_shape(path: &Path, name: &str, dims: &[u64]) -> Result<(Vec<
 /// whole number of blocks, or too large.
 pub(super) fn stored_bytes(dtype: &SourceDtype, numel: u64) -> Option<u64> {
     let (elements, bytes) = dtype.block()?;
-    if numel % elements != 0 {
+    if !numel.is_multiple_of(elements) {
         return None;
     }
     (numel / elements).checked_mul(bytes)

@@ -98,17 +98,28 @@ impl TorchCheckpoint {
     pub(super) fn new(path: PathBuf, data: Data, limits: &Limits) -> Result<Self> {
         let archive = Archive::open(&path, data.bytes(), limits)?;
         let pickle = pickle::read(&path, archive.pickle(limits)?)?;
-        let Contents { tensors: views, metadata } = Contents::of(&path, &pickle, limits)?;
+        let Contents {
+            tensors: views,
+            metadata,
+        } = Contents::of(&path, &pickle, limits)?;
 
         let mut tensors = BTreeMap::new();
         for (name, view) in views {
             let entry = archive.place(&name, view, limits)?;
             if tensors.contains_key(&name) {
-                return Err(Error::weights(&path, format!("tensor '{name}' occurs twice")));
+                return Err(Error::weights(
+                    &path,
+                    format!("tensor '{name}' occurs twice"),
+                ));
             }
             tensors.insert(name, entry);
         }
-        Ok(Self { path, data, tensors, metadata })
+        Ok(Self {
+            path,
+            data,
+            tensors,
+            metadata,
+        })
     }
 }
 
@@ -131,7 +142,10 @@ impl TensorSource for TorchCheckpoint {
     }
 
     fn load(&self, name: &str) -> Result<Tensor> {
-        let entry = self.tensors.get(name).ok_or_else(|| absent(&self.path, name))?;
+        let entry = self
+            .tensors
+            .get(name)
+            .ok_or_else(|| absent(&self.path, name))?;
         let bytes = self.data.bytes().get(entry.range.clone()).ok_or_else(|| {
             Error::weights(&self.path, format!("tensor '{name}' lies outside the file"))
         })?;
@@ -175,7 +189,8 @@ struct Archive<'a> {
 
 impl<'a> Archive<'a> {
     fn open(path: &'a Path, file: &'a [u8], limits: &Limits) -> Result<Self> {
-        let members = archive::members(path, file, limits.max_tensors.saturating_add(OTHER_MEMBERS))?;
+        let members =
+            archive::members(path, file, limits.max_tensors.saturating_add(OTHER_MEMBERS))?;
         let mut roots = members
             .keys()
             .filter_map(|name| name.strip_suffix("data.pkl"))
@@ -186,7 +201,12 @@ impl<'a> Archive<'a> {
                 "a zip archive without exactly one data.pkl; not a torch.save checkpoint",
             ));
         };
-        let archive = Self { path, file, members, root };
+        let archive = Self {
+            path,
+            file,
+            members,
+            root,
+        };
         if archive.member("constants.pkl").is_some() {
             return Err(Error::Unsupported(format!(
                 "{}: a TorchScript archive; save its weights with \
@@ -245,10 +265,20 @@ impl<'a> Archive<'a> {
     /// Checks a view against its storage and finds it in the file.
     fn place(&self, name: &str, view: &View, limits: &Limits) -> Result<Entry> {
         let bad = |what: String| Error::weights(self.path, format!("tensor '{name}': {what}"));
-        let View { storage, dtype, offset, shape, strides } = view;
+        let View {
+            storage,
+            dtype,
+            offset,
+            shape,
+            strides,
+        } = view;
         let (dims, numel) = check_shape(self.path, name, shape)?;
         if strides.len() != shape.len() {
-            return Err(bad(format!("{} dimensions but {} strides", shape.len(), strides.len())));
+            return Err(bad(format!(
+                "{} dimensions but {} strides",
+                shape.len(),
+                strides.len()
+            )));
         }
         let steps = strides
             .iter()
@@ -259,7 +289,13 @@ impl<'a> Archive<'a> {
 
         let Some((_, width)) = dtype.block() else {
             // Listed, but never read.
-            return Ok(Entry { shape: dims, strides: steps, dtype: dtype.clone(), range, bytes: stored });
+            return Ok(Entry {
+                shape: dims,
+                strides: steps,
+                dtype: dtype.clone(),
+                range,
+                bytes: stored,
+            });
         };
         let claimed = match storage.dtype {
             Some(_) => storage.len.checked_mul(width),
@@ -276,13 +312,22 @@ impl<'a> Archive<'a> {
         let span = if numel == 0 {
             Some(0)
         } else {
-            shape.iter().zip(strides).try_fold(1u64, |span, (&size, &stride)| {
-                span.checked_add((size - 1).checked_mul(stride)?)
-            })
+            shape
+                .iter()
+                .zip(strides)
+                .try_fold(1u64, |span, (&size, &stride)| {
+                    span.checked_add((size - 1).checked_mul(stride)?)
+                })
         };
-        let start = if numel == 0 { Some(0) } else { offset.checked_mul(width) };
+        let start = if numel == 0 {
+            Some(0)
+        } else {
+            offset.checked_mul(width)
+        };
         let touched = span.and_then(|span| span.checked_mul(width));
-        let end = touched.zip(start).and_then(|(bytes, start)| start.checked_add(bytes));
+        let end = touched
+            .zip(start)
+            .and_then(|(bytes, start)| start.checked_add(bytes));
         let (Some(start), Some(end)) = (start, end.filter(|&end| end <= claimed)) else {
             return Err(bad(format!(
                 "offset {offset}, shape {shape:?} and strides {strides:?} reach beyond the \
@@ -290,7 +335,8 @@ impl<'a> Archive<'a> {
                 storage.key
             )));
         };
-        let bytes = stored_bytes(dtype, numel).ok_or_else(|| bad("its size overflows".to_owned()))?;
+        let bytes =
+            stored_bytes(dtype, numel).ok_or_else(|| bad("its size overflows".to_owned()))?;
         if bytes > stored && bytes > limits.max_expanded_bytes {
             return Err(Error::Limits(format!(
                 "{}: tensor '{name}' repeats {stored} stored bytes to {bytes}, at most {} are allowed",
@@ -300,7 +346,13 @@ impl<'a> Archive<'a> {
         }
         // Both are at most `stored`, the length of a slice.
         let range = range.start + start as usize..range.start + end as usize;
-        Ok(Entry { shape: dims, strides: steps, dtype: dtype.clone(), range, bytes })
+        Ok(Entry {
+            shape: dims,
+            strides: steps,
+            dtype: dtype.clone(),
+            range,
+            bytes,
+        })
     }
 }
 
@@ -318,7 +370,10 @@ impl<'a> Contents<'a> {
             limits,
             visits: 0,
             name_bytes: 0,
-            out: Contents { tensors: Vec::new(), metadata: BTreeMap::new() },
+            out: Contents {
+                tensors: Vec::new(),
+                metadata: BTreeMap::new(),
+            },
         };
         if let Value::Tensor(view) = pickle.get(pickle.root) {
             walk.out.tensors.push((BARE.to_owned(), view));
@@ -365,7 +420,10 @@ struct Walk<'a, 'b> {
 
 impl Walk<'_, '_> {
     fn limit(&self, what: &str, max: usize) -> Error {
-        Error::Limits(format!("{}: more than {max} {what} in data.pkl", self.path.display()))
+        Error::Limits(format!(
+            "{}: more than {max} {what} in data.pkl",
+            self.path.display()
+        ))
     }
 
     /// A dict key as part of a name.

@@ -35,7 +35,11 @@ pub fn write_safetensors(
         put(file, &(header.len() as u64).to_le_bytes())?;
         put(file, &header)?;
         for Item { name, tensor, .. } in &plan.items {
-            let dense = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_resolve_neg()?.f_contiguous()?;
+            let dense = tensor
+                .f_detach()?
+                .f_to_device(Device::Cpu)?
+                .f_resolve_neg()?
+                .f_contiguous()?;
             bridge::read_bytes(&dense, |bytes| put(file, bytes))
                 .map_err(|e| Error::Input(format!("tensor '{name}' cannot be written: {e}")))??;
         }
@@ -67,7 +71,9 @@ pub fn write_atomic(
     partial.rename_to(path).map_err(failed)?;
     // The rename itself must survive a power cut; only Unix can flush a folder.
     #[cfg(unix)]
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
+    File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(failed)?;
     Ok(())
 }
 
@@ -81,7 +87,10 @@ impl Partial {
     fn create(path: &Path, folder: &Path) -> Result<(Self, File)> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let Some(name) = path.file_name() else {
-            return Err(Error::Input(format!("'{}' is not a file name", path.display())));
+            return Err(Error::Input(format!(
+                "'{}' is not a file name",
+                path.display()
+            )));
         };
         let mut partial = std::ffi::OsString::from(".");
         partial.push(name);
@@ -93,7 +102,13 @@ impl Partial {
             .create_new(true)
             .open(&partial)
             .map_err(|e| Error::io(&partial, e))?;
-        Ok((Self { path: partial, renamed: false }, file))
+        Ok((
+            Self {
+                path: partial,
+                renamed: false,
+            },
+            file,
+        ))
     }
 
     fn rename_to(mut self, path: &Path) -> std::io::Result<()> {
@@ -131,7 +146,9 @@ impl<'a> Plan<'a> {
         let mut items = Vec::with_capacity(tensors.len());
         for &(name, tensor) in tensors {
             if name == "__metadata__" || name.contains('\0') {
-                return Err(Error::Input(format!("{name:?} cannot be the name of a tensor")));
+                return Err(Error::Input(format!(
+                    "{name:?} cannot be the name of a tensor"
+                )));
             }
             if !seen.insert(name) {
                 return Err(Error::Input(format!("tensor '{name}' is given twice")));
@@ -142,12 +159,23 @@ impl<'a> Plan<'a> {
                     "tensor '{name}' is {kind:?}, which safetensors does not have"
                 )));
             };
-            if tensor.is_sparse() || tensor.is_mkldnn() {
+            // Only plain strided memory has views of its own making.
+            if tensor
+                .f_detach()?
+                .f_as_strided([0i64; 1], [1i64; 1], None)
+                .is_err()
+            {
                 return Err(Error::Unsupported(format!(
                     "tensor '{name}' is not dense; convert it before saving"
                 )));
             }
-            items.push(Item { name, tensor, dtype, width, bytes: tensor.numel() * width });
+            items.push(Item {
+                name,
+                tensor,
+                dtype,
+                width,
+                bytes: tensor.numel() * width,
+            });
         }
         // Wide dtypes first, so that every tensor is aligned to its width.
         items.sort_by(|a, b| b.width.cmp(&a.width).then(a.name.cmp(b.name)));

@@ -37,7 +37,9 @@ impl Categorical {
         let kept = scores.iter().filter(|&&s| s > f32::NEG_INFINITY).count();
         // Looking a token up by bisection pays when few are left.
         if kept < vocab / 8 {
-            let left = (0_u32..).zip(&scores).filter(|&(_, &s)| s > f32::NEG_INFINITY);
+            let left = (0_u32..)
+                .zip(&scores)
+                .filter(|&(_, &s)| s > f32::NEG_INFINITY);
             let (ids, weights) = left.map(|(id, &s)| (id, (s - max).exp())).unzip();
             return Ok(Self::assemble(Some(ids), weights, vocab));
         }
@@ -58,7 +60,11 @@ impl Categorical {
         }
         let vocab = weights.len();
         let law = Self::assemble(None, weights, vocab);
-        if law.total > 0.0 { Ok(law) } else { Err(Error::input("weights", "all zero", "a positive sum")) }
+        if law.total > 0.0 {
+            Ok(law)
+        } else {
+            Err(Error::input("weights", "all zero", "a positive sum"))
+        }
     }
 
     /// Certainty: all mass on `token`.
@@ -74,7 +80,12 @@ impl Categorical {
 
     fn assemble(ids: Option<Vec<u32>>, weights: Vec<f32>, vocab: usize) -> Self {
         let total = weights.iter().map(|&w| f64::from(w)).sum();
-        Self { ids, weights, total, vocab }
+        Self {
+            ids,
+            weights,
+            total,
+            vocab,
+        }
     }
 
     /// Number of tokens, removed ones included.
@@ -90,7 +101,9 @@ impl Categorical {
             None => Some(token as usize),
             Some(ids) => ids.binary_search(&token).ok(),
         };
-        index.and_then(|i| self.weights.get(i)).map_or(0.0, |&w| f64::from(w) / self.total)
+        index
+            .and_then(|i| self.weights.get(i))
+            .map_or(0.0, |&w| f64::from(w) / self.total)
     }
 
     /// All probabilities, `[vocab]`.
@@ -112,20 +125,31 @@ impl Categorical {
 
     fn entries(&self) -> impl Iterator<Item = (u32, f64)> + '_ {
         let sparse = self.ids.as_deref().unwrap_or_default().iter().copied();
-        let dense = if self.ids.is_some() { 0..0 } else { 0..self.weights.len() as u32 };
-        sparse.chain(dense).zip(self.weights.iter().map(|&w| f64::from(w)))
+        let dense = if self.ids.is_some() {
+            0..0
+        } else {
+            0..self.weights.len() as u32
+        };
+        sparse
+            .chain(dense)
+            .zip(self.weights.iter().map(|&w| f64::from(w)))
     }
 
     /// The most probable token (the first of equals) and its probability.
     #[must_use]
     pub fn mode(&self) -> (u32, f64) {
-        self.iter().fold((0, f64::NEG_INFINITY), |best, next| if next.1 > best.1 { next } else { best })
+        self.iter().fold((0, f64::NEG_INFINITY), |best, next| {
+            if next.1 > best.1 { next } else { best }
+        })
     }
 
     /// Entropy in nats.
     #[must_use]
     pub fn entropy(&self) -> f64 {
-        self.iter().filter(|&(_, p)| p > 0.0).map(|(_, p)| -p * p.ln()).sum()
+        self.iter()
+            .filter(|&(_, p)| p > 0.0)
+            .map(|(_, p)| -p * p.ln())
+            .sum()
     }
 
     /// The first token at which the cumulative sum in index order exceeds `u`, `u` in
@@ -144,7 +168,9 @@ impl Categorical {
     /// Total variation distance to `other`, in `[0, 1]`.
     #[must_use]
     pub fn total_variation(&self, other: &Self) -> f64 {
-        self.iter().map(|(id, p)| (p - other.prob(id)).max(0.0)).sum()
+        self.iter()
+            .map(|(id, p)| (p - other.prob(id)).max(0.0))
+            .sum()
     }
 
     /// The law `norm([p - q]+)` with `self` as `p`, or `None` when the two are equal
@@ -184,7 +210,10 @@ pub fn best_score(scores: &[f32]) -> Result<(u32, f32)> {
 }
 
 fn problem(problem: LogitsProblem) -> Error {
-    Error::Logits { position: 0, problem }
+    Error::Logits {
+        position: 0,
+        problem,
+    }
 }
 
 impl Law for Categorical {
@@ -211,6 +240,8 @@ impl Law for Categorical {
     /// are rejected with probability 0 up to rounding; then `p` itself is drawn from.
     fn residual(&self, q: &Self, stream: &mut Stream) -> Result<u32> {
         let u = stream.uniform();
-        Ok(self.residual_law(q).map_or_else(|| self.quantile(u), |law| law.quantile(u)))
+        Ok(self
+            .residual_law(q)
+            .map_or_else(|| self.quantile(u), |law| law.quantile(u)))
     }
 }

@@ -31,7 +31,11 @@ impl Gaussian {
     /// `Input` when `mean` is empty or not finite, or `sigma` is not a positive number.
     pub fn new(mean: Vec<f64>, sigma: f64) -> Result<Self> {
         if mean.is_empty() || mean.iter().any(|m| !m.is_finite()) {
-            return Err(Error::input("mean", format!("{mean:?}"), "at least one finite number"));
+            return Err(Error::input(
+                "mean",
+                format!("{mean:?}"),
+                "at least one finite number",
+            ));
         }
         if !(sigma.is_finite() && sigma > 0.0) {
             return Err(Error::input("sigma", sigma, "a finite number > 0"));
@@ -65,23 +69,46 @@ impl Gaussian {
     pub fn reflection_coupling(&self, q: &Self, x: &[f64], u: f64) -> Result<Coupled> {
         if q.mean.len() != self.mean.len() || x.len() != self.mean.len() {
             let found = format!("{} and {}", q.mean.len(), x.len());
-            return Err(Error::input("dimension of q and x", found, format!("{}", self.mean.len())));
+            return Err(Error::input(
+                "dimension of q and x",
+                found,
+                format!("{}", self.mean.len()),
+            ));
         }
         if q.sigma != self.sigma {
-            return Err(Error::input("sigma of q", q.sigma, format!("{}, as the target has", self.sigma)));
+            return Err(Error::input(
+                "sigma of q",
+                q.sigma,
+                format!("{}, as the target has", self.sigma),
+            ));
         }
         let s = self.sigma;
-        let z: Vec<f64> = q.mean.iter().zip(&self.mean).map(|(a, b)| (a - b) / s).collect();
+        let z: Vec<f64> = q
+            .mean
+            .iter()
+            .zip(&self.mean)
+            .map(|(a, b)| (a - b) / s)
+            .collect();
         let xi: Vec<f64> = x.iter().zip(&q.mean).map(|(x, m)| (x - m) / s).collect();
         let dot: f64 = z.iter().zip(&xi).map(|(z, xi)| z * xi).sum();
         let square: f64 = z.iter().map(|z| z * z).sum();
         // |xi + z|^2 - |xi|^2 = 2 xi . z + |z|^2
         if square == 0.0 || u < (-dot - square / 2.0).exp() {
-            return Ok(Coupled { unit: x.to_vec(), accepted: true });
+            return Ok(Coupled {
+                unit: x.to_vec(),
+                accepted: true,
+            });
         }
         let turn = 2.0 * dot / square;
-        let unit = self.mean.iter().zip(xi.iter().zip(&z)).map(|(m, (xi, z))| m + s * (xi - turn * z));
-        Ok(Coupled { unit: unit.collect(), accepted: false })
+        let unit = self
+            .mean
+            .iter()
+            .zip(xi.iter().zip(&z))
+            .map(|(m, (xi, z))| m + s * (xi - turn * z));
+        Ok(Coupled {
+            unit: unit.collect(),
+            accepted: false,
+        })
     }
 }
 
@@ -89,7 +116,10 @@ impl Law for Gaussian {
     type Unit = Vec<f64>;
 
     fn sample(&self, stream: &mut Stream) -> Vec<f64> {
-        self.mean.iter().map(|m| m + self.sigma * stream.normal()).collect()
+        self.mean
+            .iter()
+            .map(|m| m + self.sigma * stream.normal())
+            .collect()
     }
 
     /// A vector of the wrong dimension is impossible.
@@ -97,7 +127,11 @@ impl Law for Gaussian {
         if unit.len() != self.mean.len() {
             return f64::NEG_INFINITY;
         }
-        let square: f64 = unit.iter().zip(&self.mean).map(|(x, m)| ((x - m) / self.sigma).powi(2)).sum();
+        let square: f64 = unit
+            .iter()
+            .zip(&self.mean)
+            .map(|(x, m)| ((x - m) / self.sigma).powi(2))
+            .sum();
         -0.5 * square - unit.len() as f64 * (self.sigma * (2.0 * PI).sqrt()).ln()
     }
 }

@@ -48,7 +48,11 @@ pub trait Law {
     /// `q` is 0.
     fn ratio(&self, q: &Self, unit: &Self::Unit) -> f64 {
         let p = self.log_density(unit);
-        if p == f64::NEG_INFINITY { 0.0 } else { (p - q.log_density(unit)).exp() }
+        if p == f64::NEG_INFINITY {
+            0.0
+        } else {
+            (p - q.log_density(unit)).exp()
+        }
     }
 
     /// Draws from the residual law `norm([p - q]+)`, where `self` is `p`.
@@ -66,6 +70,8 @@ pub trait Law {
                 return Ok(y);
             }
         }
-        Err(Error::Residual { tries: MAX_RESIDUAL_TRIES })
+        Err(Error::Residual {
+            tries: MAX_RESIDUAL_TRIES,
+        })
     }
 }

@@ -46,6 +46,10 @@ impl Law for ProductCategorical {
         if unit.len() != self.books.len() {
             return f64::NEG_INFINITY;
         }
-        self.books.iter().zip(unit).map(|(book, code)| book.log_density(code)).sum()
+        self.books
+            .iter()
+            .zip(unit)
+            .map(|(book, code)| book.log_density(code))
+            .sum()
     }
 }

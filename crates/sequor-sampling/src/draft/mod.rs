@@ -8,6 +8,45 @@
 //! largest probability of the draft law). Throwing away a unit after it was drawn because
 //! it looks unlikely is not allowed: what survives is no longer distributed as the law
 //! that is handed to the verifier, and the output is biased.
+//!
+//! # A drafter of one's own
+//!
+//! ```
+//! use std::collections::HashMap;
+//!
+//! use sequor_sampling::draft::{Budget, DraftContext, Drafter};
+//! use sequor_sampling::{DraftTree, Result};
+//!
+//! /// Guesses what followed a token the last time.
+//! #[derive(Default)]
+//! struct Bigrams(HashMap<u32, u32>);
+//!
+//! impl Drafter for Bigrams {
+//!     fn name(&self) -> &str {
+//!         "bigrams"
+//!     }
+//!
+//!     fn propose(&mut self, ctx: &DraftContext<'_>, budget: Budget) -> Result<DraftTree> {
+//!         let pairs = ctx.tokens.iter().zip(ctx.tokens.iter().skip(1));
+//!         self.0.extend(pairs);
+//!         let guess = |token: &u32| self.0.get(token).copied();
+//!         let guesses = std::iter::successors(ctx.tokens.last().and_then(guess), guess);
+//!         Ok(DraftTree::chain(guesses.take(budget.depth)))
+//!     }
+//!
+//!     fn reset(&mut self) {
+//!         self.0.clear();
+//!     }
+//! }
+//!
+//! # use sequor_sampling::Key;
+//! # let ctx = DraftContext {
+//! #     tokens: &[1, 2, 3, 1], prompt_len: 4, max_length: 99, eos: &[], key: Key::new(0, 0), features: None,
+//! # };
+//! let tree = Bigrams::default().propose(&ctx, Budget::chain(4))?;
+//! assert_eq!(tree.units(), [2, 3, 1, 2]);
+//! # Ok::<(), sequor_sampling::Error>(())
+//! ```
 
 mod model;
 mod none;
@@ -57,7 +96,10 @@ impl Budget {
     /// A chain of at most `depth` tokens.
     #[must_use]
     pub fn chain(depth: usize) -> Self {
-        Self { depth, nodes: depth }
+        Self {
+            depth,
+            nodes: depth,
+        }
     }
 }
 
@@ -87,7 +129,8 @@ pub trait Drafter {
     /// Hears what became of the last proposal.
     fn observe(&mut self, _feedback: &Feedback<'_>) {}
 
-    /// Forgets the sequence.
+    /// Forgets the sequence. The loop does not call it: a drafter may be carried from one
+    /// sequence to the next, and notices by `ctx.tokens` if it has to.
     fn reset(&mut self);
 
     /// Whether proposals are drawn at random. Then the depth of a draft changes which

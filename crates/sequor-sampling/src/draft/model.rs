@@ -52,7 +52,14 @@ impl<M: TargetModel> DraftModel<M> {
     pub fn new(model: M, mode: DraftMode) -> Result<Self> {
         let state = model.new_state(1)?;
         let processors = ProcessorList::default();
-        Ok(Self { model, state, seen: Vec::new(), mode, processors, min_confidence: 0.0 })
+        Ok(Self {
+            model,
+            state,
+            seen: Vec::new(),
+            mode,
+            processors,
+            min_confidence: 0.0,
+        })
     }
 
     /// Shapes the draft law. Those of the target are a good choice; any others only
@@ -85,7 +92,12 @@ impl<M: TargetModel> DraftModel<M> {
         if self.state.committed_len(SLOT) != self.seen.len() {
             self.reset_state()?;
         }
-        let common = self.seen.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+        let common = self
+            .seen
+            .iter()
+            .zip(tokens)
+            .take_while(|(a, b)| a == b)
+            .count();
         // At least one token has to be fed to obtain logits.
         let keep = common.min(tokens.len().saturating_sub(1));
         if keep < self.seen.len() {
@@ -106,13 +118,20 @@ impl<M: TargetModel> DraftModel<M> {
 
     /// Feeds and commits `tokens`; gives the logits after the last.
     fn feed(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
-        let step = Step { slot: SLOT, tokens, layout: Layout::Chain, logits: LogitRows::Last, features: false };
+        let step = Step {
+            slot: SLOT,
+            tokens,
+            layout: Layout::Chain,
+            logits: LogitRows::Last,
+            features: false,
+        };
         let output = self.model.forward(&[step], &mut self.state)?.pop();
         let path: Vec<usize> = (0..tokens.len()).collect();
         self.state.commit(SLOT, &path)?;
         self.seen.extend_from_slice(tokens);
         let row = output.as_ref().and_then(|o| o.logits.row(0));
-        row.map(<[f32]>::to_vec).ok_or_else(|| Error::contract("the draft model", "gave no logits"))
+        row.map(<[f32]>::to_vec)
+            .ok_or_else(|| Error::contract("the draft model", "gave no logits"))
     }
 
     fn reset_state(&mut self) -> Result<()> {
@@ -121,7 +140,12 @@ impl<M: TargetModel> DraftModel<M> {
     }
 
     /// Drafts behind `tokens`, which grows by what is drafted.
-    fn draft(&mut self, ctx: &DraftContext<'_>, tokens: &mut Vec<u32>, depth: usize) -> Result<DraftTree> {
+    fn draft(
+        &mut self,
+        ctx: &DraftContext<'_>,
+        tokens: &mut Vec<u32>,
+        depth: usize,
+    ) -> Result<DraftTree> {
         let mut tree = DraftTree::new();
         let mut logits = self.catch_up(tokens)?;
         loop {
@@ -144,7 +168,8 @@ impl<M: TargetModel> DraftModel<M> {
                     best
                 }
                 DraftMode::Sampled => {
-                    let token = law.sample(&mut ctx.key.stream(tokens.len() as u64, Purpose::Draft));
+                    let token =
+                        law.sample(&mut ctx.key.stream(tokens.len() as u64, Purpose::Draft));
                     tree.push(parent, token, Proposal::Law(Arc::new(law)))?;
                     token
                 }

@@ -19,7 +19,10 @@ pub struct PromptLookup {
 
 impl Default for PromptLookup {
     fn default() -> Self {
-        Self { num_output_tokens: 10, max_matching_ngram_size: 2 }
+        Self {
+            num_output_tokens: 10,
+            max_matching_ngram_size: 2,
+        }
     }
 }
 
@@ -52,19 +55,35 @@ impl PromptLookup {
         if max_length == history.len() + 1 {
             return Vec::new();
         }
-        let longest = self.max_matching_ngram_size.min(history.len().saturating_sub(1));
-        let found = (1..=longest).rev().find_map(|n| self.continuation(history, n, max_length));
+        let longest = self
+            .max_matching_ngram_size
+            .min(history.len().saturating_sub(1));
+        let found = (1..=longest)
+            .rev()
+            .find_map(|n| self.continuation(history, n, max_length));
         let copied = found.unwrap_or_default().iter().copied();
         copied.take_while(|token| !eos.contains(token)).collect()
     }
 
-    fn continuation<'a>(&self, history: &'a [u32], n: usize, max_length: usize) -> Option<&'a [u32]> {
+    fn continuation<'a>(
+        &self,
+        history: &'a [u32],
+        n: usize,
+        max_length: usize,
+    ) -> Option<&'a [u32]> {
         let recent = history.get(history.len().checked_sub(n)?..)?;
-        history.windows(n).enumerate().filter(|&(_, gram)| gram == recent).find_map(|(at, _)| {
-            let start = at + n;
-            let end = start.saturating_add(self.num_output_tokens).min(history.len()).min(max_length);
-            history.get(start..end).filter(|copied| !copied.is_empty())
-        })
+        history
+            .windows(n)
+            .enumerate()
+            .filter(|&(_, gram)| gram == recent)
+            .find_map(|(at, _)| {
+                let start = at + n;
+                let end = start
+                    .saturating_add(self.num_output_tokens)
+                    .min(history.len())
+                    .min(max_length);
+                history.get(start..end).filter(|copied| !copied.is_empty())
+            })
     }
 }
 

@@ -28,7 +28,12 @@ impl Request<'_> {
     /// A request without drafts or callback.
     #[must_use]
     pub fn new(prompt: Vec<u32>, options: impl Into<Options>) -> Self {
-        Self { prompt, options: options.into(), drafter: None, on_token: None }
+        Self {
+            prompt,
+            options: options.into(),
+            drafter: None,
+            on_token: None,
+        }
     }
 }
 
@@ -49,7 +54,12 @@ pub fn generate_batch<M: TargetModel>(
         .into_iter()
         .enumerate()
         .map(|(slot, request)| {
-            let Request { prompt, options, drafter, on_token } = request;
+            let Request {
+                prompt,
+                options,
+                drafter,
+                on_token,
+            } = request;
             let sequence = Sequence::new(slot, &prompt, 0, &options, &limits, drafter)?;
             Ok(match on_token {
                 Some(on_token) => sequence.on_token(on_token),
@@ -58,7 +68,10 @@ pub fn generate_batch<M: TargetModel>(
         })
         .collect();
     while advance(target, &mut rows, &mut state, cancel)? {}
-    Ok(rows.into_iter().map(|row| row.map(Sequence::into_generation)).collect())
+    Ok(rows
+        .into_iter()
+        .map(|row| row.map(Sequence::into_generation))
+        .collect())
 }
 
 /// One forward pass over all rows that are not finished; false if there is none.
@@ -81,7 +94,9 @@ fn advance<M: TargetModel>(
             Err(e) => *row = Err(e),
         }
     }
-    let sequences = active.iter().filter_map(|&slot| rows.get(slot)?.as_ref().ok());
+    let sequences = active
+        .iter()
+        .filter_map(|&slot| rows.get(slot)?.as_ref().ok());
     let steps: Vec<_> = sequences.filter_map(Sequence::step).collect();
     if steps.is_empty() {
         return Ok(false);
@@ -102,7 +117,12 @@ fn advance<M: TargetModel>(
 }
 
 /// Keeps the error of a failing row in its place.
-fn absorb<S: SequenceState>(row: &mut Result<Sequence<'_>>, output: &Output, seconds: f64, state: &mut S) {
+fn absorb<S: SequenceState>(
+    row: &mut Result<Sequence<'_>>,
+    output: &Output,
+    seconds: f64,
+    state: &mut S,
+) {
     if let Ok(sequence) = row
         && let Err(e) = sequence.absorb(output, seconds, state)
     {

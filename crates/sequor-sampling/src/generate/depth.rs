@@ -7,9 +7,9 @@
 //!
 //! [`DepthPolicy::Auto`] keeps a balance of tokens gained minus plain steps spent. It does
 //! not draft where the prediction says that it does not pay, except for a probe of depth 1
-//! now and then, and it stops drafting whatever the prediction when the balance falls
-//! below a small credit. The loss against plain decoding is thereby bounded by
-//! [`LOSS_SHARE`] of the generation plus one step.
+//! now and then, and whatever the prediction it drafts no deeper than what it can afford to
+//! lose. The loss against plain decoding is thereby bounded by two per cent of the
+//! generation plus one step.
 //!
 //! Measured times may choose the depth because for exact acceptance of drafts without
 //! randomness (and for greedy targets) the depth does not change the output. Where it
@@ -68,7 +68,11 @@ impl DepthPolicy {
 
     pub(super) fn validate(&self) -> Result<()> {
         if self.max() > CostCurve::MAX_DEPTH {
-            return Err(Error::input("depth", self.max(), format!("at most {}", CostCurve::MAX_DEPTH)));
+            return Err(Error::input(
+                "depth",
+                self.max(),
+                format!("at most {}", CostCurve::MAX_DEPTH),
+            ));
         }
         Ok(())
     }
@@ -111,7 +115,11 @@ pub(super) struct DepthController {
 impl DepthController {
     /// `repeatable` says whether the output is the same at any depth.
     pub fn new(policy: DepthPolicy, known: Option<CostCurve>, repeatable: bool) -> Self {
-        let policy = if repeatable { policy } else { DepthPolicy::Fixed(policy.max()) };
+        let policy = if repeatable {
+            policy
+        } else {
+            DepthPolicy::Fixed(policy.max())
+        };
         Self {
             policy,
             known,
@@ -143,31 +151,47 @@ impl DepthController {
 
     fn choose_auto(&mut self, cap: usize) -> usize {
         let allowed = LOSS_SHARE * self.emitted;
+        let affordable = |depth: usize, may_owe: f64| self.balance - self.risk(depth) >= -may_owe;
         let best = self.best(cap);
-        if best > 0 && self.balance > -(allowed + CREDIT) {
-            return best;
+        if let Some(depth) = (1..=best).rev().find(|&d| affordable(d, allowed + CREDIT)) {
+            self.since_draft = 0;
+            return depth;
         }
-        self.since_draft += 1;
-        let price_of_probe = self.relative(2) - 1.0 + self.draft_cost();
-        if cap > 0 && self.since_draft >= PROBE_INTERVAL && self.balance - price_of_probe >= -allowed {
+        // The price of a second row is learned once, on credit.
+        let unknown = self.known.is_none() && self.seen.len() == 1;
+        let due = unknown || self.since_draft >= PROBE_INTERVAL;
+        let may_owe = if unknown { CREDIT } else { allowed };
+        if cap > 0 && due && affordable(1, may_owe) {
             self.since_draft = 0;
             // Let the probe weigh as much as all that is remembered.
             self.accepted /= self.tested;
             self.tested = 1.0;
             return 1;
         }
+        self.since_draft += 1;
         0
     }
 
+    /// Plain steps lost by a round of `depth` drafts if none is accepted.
+    fn risk(&self, depth: usize) -> f64 {
+        self.relative(depth + 1) - 1.0 + depth as f64 * self.draft_cost()
+    }
+
     fn best(&self, cap: usize) -> usize {
-        let Some(curve) = self.curve() else { return cap.min(1) };
-        curve.best_depth(self.accepted / self.tested, self.draft_cost(), cap).0
+        let Some(curve) = self.curve() else {
+            return cap.min(1);
+        };
+        curve
+            .best_depth(self.accepted / self.tested, self.draft_cost(), cap)
+            .0
     }
 
     /// Price of drafting a token in plain steps.
     fn draft_cost(&self) -> f64 {
         match self.plain_seconds() {
-            Some(plain) if self.draft_tokens > 0.0 => self.draft_seconds / self.draft_tokens / plain,
+            Some(plain) if self.draft_tokens > 0.0 => {
+                self.draft_seconds / self.draft_tokens / plain
+            }
             _ => 0.0,
         }
     }
@@ -182,7 +206,11 @@ impl DepthController {
 
     fn curve(&self) -> Option<CostCurve> {
         self.known.clone().or_else(|| {
-            let (rows, seconds) = self.seen.iter().map(|(&rows, &(_, mean))| (rows, mean.max(1e-9))).unzip();
+            let (rows, seconds) = self
+                .seen
+                .iter()
+                .map(|(&rows, &(_, mean))| (rows, mean.max(1e-9)))
+                .unzip();
             CostCurve::new(rows, seconds)
         })
     }
@@ -199,9 +227,12 @@ impl DepthController {
         self.draft_tokens = self.draft_tokens * MEMORY + round.depth as f64;
         if round.depth > 0 {
             self.accepted = self.accepted * MEMORY + round.accepted as f64;
-            self.tested = self.tested * MEMORY + (round.accepted + usize::from(round.rejected)) as f64;
+            self.tested =
+                self.tested * MEMORY + (round.accepted + usize::from(round.rejected)) as f64;
         }
-        let draft = self.plain_seconds().map_or(0.0, |plain| round.draft_seconds / plain);
+        let draft = self
+            .plain_seconds()
+            .map_or(0.0, |plain| round.draft_seconds / plain);
         self.balance += round.emitted as f64 - self.relative(round.rows) - draft;
     }
 }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::depth::DepthPolicy;
 use crate::config::GenerationConfig;
 use crate::mirostat::{Mirostat, MirostatConfig};
-use crate::processors::ProcessorList;
+use crate::processors::{Processor, ProcessorList};
 use crate::verify::Acceptance;
 use crate::{Error, Result};
 
@@ -58,7 +58,10 @@ impl Default for Options {
 
 impl From<GenerationConfig> for Options {
     fn from(config: GenerationConfig) -> Self {
-        Self { config, ..Self::default() }
+        Self {
+            config,
+            ..Self::default()
+        }
     }
 }
 
@@ -94,7 +97,8 @@ impl Options {
     /// Checks everything that can be checked without a prompt.
     ///
     /// # Errors
-    /// `Input` or `Config` naming the option.
+    /// `Input` or `Config` naming the option; `Unsupported` for guidance, which is the
+    /// model's business here.
     pub fn validate(&self, vocab: usize) -> Result<()> {
         self.config.validate(vocab)?;
         self.depth.validate()?;
@@ -102,12 +106,29 @@ impl Options {
             return Err(Error::input("prefill_chunk", 0, "at least 1"));
         }
         if let Some(id) = self.stop_token_ids.iter().find(|&&id| id as usize >= vocab) {
-            return Err(Error::input("stop_token_ids", id, format!("ids below the vocabulary size {vocab}")));
+            return Err(Error::input(
+                "stop_token_ids",
+                id,
+                format!("ids below the vocabulary size {vocab}"),
+            ));
         }
         if let Acceptance::Ensemble { weight } = self.acceptance
             && !(0.0..=1.0).contains(&weight)
         {
-            return Err(Error::input("acceptance.weight", weight, "a number in [0, 1]"));
+            return Err(Error::input(
+                "acceptance.weight",
+                weight,
+                "a number in [0, 1]",
+            ));
+        }
+        if self
+            .processor_list()?
+            .iter()
+            .any(|p| matches!(p, Processor::Guidance { .. }))
+        {
+            let message =
+                "guidance_scale needs a second, unconditional branch, which this loop does not run";
+            return Err(Error::Unsupported(message.to_owned()));
         }
         if let Some(config) = self.mirostat {
             Mirostat::new(config)?;
@@ -125,6 +146,10 @@ impl Options {
             Some(list) => list.clone(),
             None => ProcessorList::from_config(&self.config)?,
         };
-        Ok(if self.mirostat.is_some() { list.without_truncation() } else { list })
+        Ok(if self.mirostat.is_some() {
+            list.without_truncation()
+        } else {
+            list
+        })
     }
 }

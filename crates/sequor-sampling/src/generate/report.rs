@@ -111,7 +111,11 @@ impl Report {
     /// Tokens per second after the first.
     #[must_use]
     pub fn tokens_per_second(&self) -> f64 {
-        if self.decode_seconds > 0.0 { self.emitted.saturating_sub(1) as f64 / self.decode_seconds } else { 0.0 }
+        if self.decode_seconds > 0.0 {
+            self.emitted.saturating_sub(1) as f64 / self.decode_seconds
+        } else {
+            0.0
+        }
     }
 
     pub(super) fn count(histogram: &mut Vec<usize>, index: usize) {
@@ -125,7 +129,11 @@ impl Report {
 }
 
 fn share(part: usize, whole: usize) -> f64 {
-    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
+    if whole == 0 {
+        0.0
+    } else {
+        part as f64 / whole as f64
+    }
 }
 
 impl fmt::Display for Report {

@@ -38,7 +38,11 @@ impl ModelLimits {
     /// Those of `model`.
     #[must_use]
     pub fn of<M: TargetModel>(model: &M) -> Self {
-        Self { vocab_size: model.vocab_size(), context_len: model.context_len(), cost_curve: model.cost_curve() }
+        Self {
+            vocab_size: model.vocab_size(),
+            context_len: model.context_len(),
+            cost_curve: model.cost_curve(),
+        }
     }
 }
 
@@ -106,15 +110,24 @@ impl<'d> Sequence<'d> {
         options.validate(model.vocab_size)?;
         check_prompt(prompt, model)?;
         if cached >= prompt.len() {
-            return Err(Error::input("cached", cached, format!("fewer than the prompt's {} tokens", prompt.len())));
+            return Err(Error::input(
+                "cached",
+                cached,
+                format!("fewer than the prompt's {} tokens", prompt.len()),
+            ));
         }
         let config = &options.config;
-        let asked = config.total_limit(prompt.len()).unwrap_or(model.context_len);
+        let asked = config
+            .total_limit(prompt.len())
+            .unwrap_or(model.context_len);
         let end = asked.min(model.context_len);
         let greedy = config.is_greedy();
-        let repeatable = greedy || (options.acceptance.is_exact() && !drafter.as_ref().is_some_and(|d| d.is_random()));
+        let repeatable = greedy
+            || (options.acceptance.is_exact() && !drafter.as_ref().is_some_and(|d| d.is_random()));
         let started = Instant::now();
-        let deadline = config.max_time.and_then(|s| Duration::try_from_secs_f64(s).ok());
+        let deadline = config
+            .max_time
+            .and_then(|s| Duration::try_from_secs_f64(s).ok());
         Ok(Self {
             slot,
             tokens: prompt.to_vec(),
@@ -134,11 +147,18 @@ impl<'d> Sequence<'d> {
             },
             acceptance: options.acceptance,
             key: Key::new(options.seed, options.request),
-            eos: if options.ignore_eos { Vec::new() } else { config.eos_ids().to_vec() },
+            eos: if options.ignore_eos {
+                Vec::new()
+            } else {
+                config.eos_ids().to_vec()
+            },
             stop_ids: options.stop_token_ids.clone(),
             depth: DepthController::new(options.depth, model.cost_curve.clone(), repeatable),
             report: Report {
-                drafter: drafter.as_ref().map_or(NoDraft.name(), |d| d.name()).to_owned(),
+                drafter: drafter
+                    .as_ref()
+                    .map_or(NoDraft.name(), |d| d.name())
+                    .to_owned(),
                 prompt_tokens: prompt.len(),
                 ..Report::default()
             },
@@ -198,9 +218,16 @@ impl<'d> Sequence<'d> {
     #[must_use]
     pub fn into_generation(self) -> Generation {
         let finish = self.report.finish.unwrap_or(FinishReason::Cancelled);
-        let report = Report { finish: Some(finish), ..self.report };
+        let report = Report {
+            finish: Some(finish),
+            ..self.report
+        };
         let mut tokens = self.tokens;
-        Generation { tokens: tokens.split_off(self.prompt_len.min(tokens.len())), finish, report }
+        Generation {
+            tokens: tokens.split_off(self.prompt_len.min(tokens.len())),
+            finish,
+            report,
+        }
     }
 
     /// Decides what the next forward pass evaluates, drafting if that is worth while.
@@ -228,7 +255,11 @@ impl<'d> Sequence<'d> {
         let known = fresh.len().min(self.chunk);
         let mut tokens: Vec<u32> = fresh.iter().take(known).copied().collect();
         let start = Instant::now();
-        let (tree, asked) = if known == 1 && !self.generated().is_empty() { self.draft()? } else { Default::default() };
+        let (tree, asked) = if known == 1 && !self.generated().is_empty() {
+            self.draft()?
+        } else {
+            Default::default()
+        };
         let draft_seconds = start.elapsed().as_secs_f64();
         tokens.extend_from_slice(tree.units());
         let logits = match () {
@@ -238,17 +269,30 @@ impl<'d> Sequence<'d> {
         };
         let parents = (!tree.is_chain()).then(|| {
             let known_parents = (0..known).map(|i| i.checked_sub(1));
-            let drafted = tree.parents().iter().map(|parent| Some(parent.map_or(known - 1, |p| known + p)));
+            let drafted = tree
+                .parents()
+                .iter()
+                .map(|parent| Some(parent.map_or(known - 1, |p| known + p)));
             known_parents.chain(drafted).collect()
         });
-        Ok(Planned { tokens, parents, known, tree, logits, asked, draft_seconds })
+        Ok(Planned {
+            tokens,
+            parents,
+            known,
+            tree,
+            logits,
+            asked,
+            draft_seconds,
+        })
     }
 
     /// A proposal within the limits, and whether one was asked for.
     fn draft(&mut self) -> Result<(DraftTree, bool)> {
         // The target adds a token of its own to whatever is accepted.
         let cap = self.end - self.tokens.len() - 1;
-        let (Some(drafter), true) = (&mut self.drafter, cap > 0) else { return Ok(Default::default()) };
+        let (Some(drafter), true) = (&mut self.drafter, cap > 0) else {
+            return Ok(Default::default());
+        };
         let depth = self.depth.choose(cap);
         Report::count(&mut self.report.depth_histogram, depth);
         if depth == 0 {
@@ -256,7 +300,10 @@ impl<'d> Sequence<'d> {
             return Ok(Default::default());
         }
         // Every node takes a row of the state.
-        let nodes = self.draft_nodes.unwrap_or(depth).min(self.context - self.tokens.len());
+        let nodes = self
+            .draft_nodes
+            .unwrap_or(depth)
+            .min(self.context - self.tokens.len());
         let features = self.features.take();
         let ctx = DraftContext {
             tokens: &self.tokens,
@@ -266,13 +313,20 @@ impl<'d> Sequence<'d> {
             key: self.key,
             features: features.as_ref(),
         };
-        let tree = drafter.propose(&ctx, Budget { depth, nodes })?.cut(depth, nodes);
+        let tree = drafter
+            .propose(&ctx, Budget { depth, nodes })?
+            .cut(depth, nodes);
         if let Some(token) = tree.units().iter().find(|&&t| t as usize >= self.vocab) {
-            let what = format!("proposed token {token}, the target's vocabulary has {}", self.vocab);
+            let what = format!(
+                "proposed token {token}, the target's vocabulary has {}",
+                self.vocab
+            );
             return Err(Error::contract(drafter.name(), what));
         }
         if !(self.acceptance.is_exact() || self.sampler.greedy || tree.is_chain()) {
-            return Err(Error::Unsupported("lossy acceptance of draft trees".to_owned()));
+            return Err(Error::Unsupported(
+                "lossy acceptance of draft trees".to_owned(),
+            ));
         }
         Ok((tree, true))
     }
@@ -284,7 +338,10 @@ impl<'d> Sequence<'d> {
         Some(Step {
             slot: self.slot,
             tokens: &planned.tokens,
-            layout: planned.parents.as_deref().map_or(Layout::Chain, Layout::Tree),
+            layout: planned
+                .parents
+                .as_deref()
+                .map_or(Layout::Chain, Layout::Tree),
             logits: planned.logits,
             features: self.wants_features(),
         })
@@ -297,7 +354,12 @@ impl<'d> Sequence<'d> {
     /// # Errors
     /// `Logits` for a row that cannot be sampled from, `Contract` for a wrong number of
     /// rows, and those of the state. The sequence is then finished and nothing is pending.
-    pub fn absorb<S: SequenceState>(&mut self, output: &Output, seconds: f64, state: &mut S) -> Result<usize> {
+    pub fn absorb<S: SequenceState>(
+        &mut self,
+        output: &Output,
+        seconds: f64,
+        state: &mut S,
+    ) -> Result<usize> {
         let absorbed = self.try_absorb(output, seconds, state);
         if absorbed.is_err() {
             state.discard(self.slot)?;
@@ -315,9 +377,17 @@ impl<'d> Sequence<'d> {
         result.inspect_err(|_| self.fail())
     }
 
-    fn try_absorb<S: SequenceState>(&mut self, output: &Output, seconds: f64, state: &mut S) -> Result<usize> {
+    fn try_absorb<S: SequenceState>(
+        &mut self,
+        output: &Output,
+        seconds: f64,
+        state: &mut S,
+    ) -> Result<usize> {
         let Some(planned) = self.planned.take() else {
-            return Err(Error::contract("the caller", "absorbed a forward pass that was not planned"));
+            return Err(Error::contract(
+                "the caller",
+                "absorbed a forward pass that was not planned",
+            ));
         };
         let start = Instant::now();
         let prefill = self.generated().is_empty();
@@ -331,7 +401,10 @@ impl<'d> Sequence<'d> {
         }
 
         let verdict = self.verify(output, &planned)?;
-        let accepted = verdict.path.iter().filter_map(|&node| planned.tree.units().get(node));
+        let accepted = verdict
+            .path
+            .iter()
+            .filter_map(|&node| planned.tree.units().get(node));
         let offered: Vec<u32> = accepted.copied().chain(verdict.emitted).collect();
         let before = self.tokens.len();
         for token in offered {
@@ -342,23 +415,44 @@ impl<'d> Sequence<'d> {
         }
         let added = self.tokens.len() - before;
         // The newest token has no row yet, or must not have one.
-        let drafts = verdict.path.iter().take(added.saturating_sub(1)).map(|node| planned.known + node);
+        let drafts = verdict
+            .path
+            .iter()
+            .take(added.saturating_sub(1))
+            .map(|node| planned.known + node);
         let rows: Vec<usize> = (0..planned.known).chain(drafts).collect();
         self.commit(&rows, output, state)?;
-        self.account(&planned, &verdict, added, prefill, seconds, start.elapsed().as_secs_f64());
+        self.account(
+            &planned,
+            &verdict,
+            added,
+            prefill,
+            seconds,
+            start.elapsed().as_secs_f64(),
+        );
         Ok(added)
     }
 
     fn verify(&mut self, output: &Output, planned: &Planned) -> Result<Verdict<u32>> {
         let tree = &planned.tree;
-        let root_row = if planned.logits == LogitRows::All { planned.known - 1 } else { 0 };
+        let root_row = if planned.logits == LogitRows::All {
+            planned.known - 1
+        } else {
+            0
+        };
         let mut walk = Walk::new(&self.sampler, tree, &output.logits, root_row, &self.tokens);
         let draws = Draws::new(self.key, self.tokens.len() as u64);
         let ends = |token: u32| self.eos.contains(&token) || self.stop_ids.contains(&token);
         let verdict = if self.sampler.greedy {
             verify::greedy(tree, |path| walk.best(path), |&token| ends(token))
         } else if tree.is_chain() {
-            verify::chain(tree, |path| walk.law(path), &draws, self.acceptance, |&token| ends(token))
+            verify::chain(
+                tree,
+                |path| walk.law(path),
+                &draws,
+                self.acceptance,
+                |&token| ends(token),
+            )
         } else {
             verify::tree(tree, |path| walk.law(path), &draws, ends)
         }?;
@@ -370,7 +464,10 @@ impl<'d> Sequence<'d> {
     /// tokens, the callback, the length.
     fn add(&mut self, token: u32) {
         self.tokens.push(token);
-        let asked_to_stop = self.on_token.as_mut().is_some_and(|tell| tell(token).is_break());
+        let asked_to_stop = self
+            .on_token
+            .as_mut()
+            .is_some_and(|tell| tell(token).is_break());
         if self.eos.contains(&token) || self.stop_ids.contains(&token) || asked_to_stop {
             self.end(FinishReason::Stop);
         } else if self.tokens.len() >= self.end {
@@ -378,7 +475,12 @@ impl<'d> Sequence<'d> {
         }
     }
 
-    fn commit<S: SequenceState>(&mut self, rows: &[usize], output: &Output, state: &mut S) -> Result<()> {
+    fn commit<S: SequenceState>(
+        &mut self,
+        rows: &[usize],
+        output: &Output,
+        state: &mut S,
+    ) -> Result<()> {
         state.commit(self.slot, rows)?;
         self.cached += rows.len();
         if let Some(features) = output.features.as_ref().filter(|_| self.wants_features()) {
@@ -423,7 +525,11 @@ impl<'d> Sequence<'d> {
             let first = self.tokens.len() - added;
             let added = self.tokens.get(first..).unwrap_or_default();
             if let Some(drafter) = &mut self.drafter {
-                drafter.observe(&Feedback { tree: &planned.tree, path: &verdict.path, added });
+                drafter.observe(&Feedback {
+                    tree: &planned.tree,
+                    path: &verdict.path,
+                    added,
+                });
             }
         }
         self.depth.record(Round {
@@ -444,7 +550,11 @@ fn check_prompt(prompt: &[u32], model: &ModelLimits) -> Result<()> {
         return Err(Error::input("prompt", "empty", "at least one token"));
     }
     if let Some(id) = prompt.iter().find(|&&id| id as usize >= model.vocab_size) {
-        return Err(Error::input("prompt", format!("token {id}"), format!("ids below {}", model.vocab_size)));
+        return Err(Error::input(
+            "prompt",
+            format!("token {id}"),
+            format!("ids below {}", model.vocab_size),
+        ));
     }
     if prompt.len() > model.context_len {
         return Err(Error::Limits {
@@ -475,8 +585,12 @@ fn check_output(output: &Output, planned: &Planned, vocab: usize) -> Result<()> 
 fn append_rows(before: Option<Tensor>, features: &Tensor, rows: &[usize]) -> Result<Tensor> {
     let index: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
     let index = Tensor::f_from_slice(&index).map_err(sequor_nn::Error::from)?;
-    let index = index.f_to_device(features.device()).map_err(sequor_nn::Error::from)?;
-    let picked = features.f_index_select(0, &index).map_err(sequor_nn::Error::from)?;
+    let index = index
+        .f_to_device(features.device())
+        .map_err(sequor_nn::Error::from)?;
+    let picked = features
+        .f_index_select(0, &index)
+        .map_err(sequor_nn::Error::from)?;
     match before {
         None => Ok(picked),
         Some(before) => Ok(Tensor::f_cat(&[before, picked], 0).map_err(sequor_nn::Error::from)?),

@@ -48,7 +48,11 @@ impl<'m, M: TargetModel> Generator<'m, M> {
     pub fn new(target: &'m M, options: impl Into<Options>) -> Result<Self> {
         let options = options.into();
         options.validate(target.vocab_size())?;
-        Ok(Self { target, options, cancel: None })
+        Ok(Self {
+            target,
+            options,
+            cancel: None,
+        })
     }
 
     /// Stops generations when `flag` becomes true; it is looked at before every forward
@@ -98,7 +102,13 @@ impl<'m, M: TargetModel> Generator<'m, M> {
         let cached = state.committed_len(SLOT);
         let limits = ModelLimits::of(self.target);
         let sequence = Sequence::new(SLOT, prompt, cached, &self.options, &limits, drafter)?;
-        Ok(Session { target: self.target, state, sequence, cancel: self.cancel.clone(), given: 0 })
+        Ok(Session {
+            target: self.target,
+            state,
+            sequence,
+            cancel: self.cancel.clone(),
+            given: 0,
+        })
     }
 
     /// Generates to the end. `on_token` is told every token in order; `Break` ends the
@@ -144,7 +154,11 @@ impl<'d, M: TargetModel> Session<'_, 'd, M> {
     /// Those of the model, the drafter and rows that cannot be sampled from. The sequence
     /// is then finished; its state stays valid and has nothing pending.
     pub fn step(&mut self) -> Result<Event> {
-        if self.cancel.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed)) {
+        if self
+            .cancel
+            .as_ref()
+            .is_some_and(|flag| flag.load(Ordering::Relaxed))
+        {
             self.sequence.end(FinishReason::Cancelled);
         }
         if let Some(reason) = self.sequence.finish() {
@@ -152,7 +166,9 @@ impl<'d, M: TargetModel> Session<'_, 'd, M> {
         }
         let planned = self.sequence.plan()?;
         let Some(step) = self.sequence.step().filter(|_| planned) else {
-            return Ok(Event::Finished(self.sequence.finish().unwrap_or(FinishReason::Length)));
+            return Ok(Event::Finished(
+                self.sequence.finish().unwrap_or(FinishReason::Length),
+            ));
         };
         let start = Instant::now();
         let output = self.target.forward(&[step], &mut self.state).and_then(only);
@@ -168,10 +184,18 @@ impl<'d, M: TargetModel> Session<'_, 'd, M> {
         let added = self.sequence.absorb(&output, seconds, &mut self.state)?;
         if added == 0 {
             let total = self.sequence.tokens().len();
-            return Ok(Event::Prefill { done: self.sequence.cached(), total });
+            return Ok(Event::Prefill {
+                done: self.sequence.cached(),
+                total,
+            });
         }
         let generated = self.sequence.generated();
-        Ok(Event::Tokens(generated.get(generated.len() - added..).unwrap_or_default().to_vec()))
+        Ok(Event::Tokens(
+            generated
+                .get(generated.len() - added..)
+                .unwrap_or_default()
+                .to_vec(),
+        ))
     }
 
     /// Ends the sequence; an earlier reason stays.
@@ -238,6 +262,9 @@ impl<M: TargetModel> Iterator for Session<'_, '_, M> {
 fn only<T>(mut outputs: Vec<T>) -> Result<T> {
     match (outputs.pop(), outputs.is_empty()) {
         (Some(output), true) => Ok(output),
-        (_, _) => Err(Error::contract("the model", "gave another number of outputs than steps")),
+        (_, _) => Err(Error::contract(
+            "the model",
+            "gave another number of outputs than steps",
+        )),
     }
 }

@@ -47,14 +47,25 @@ impl<'a> Walk<'a> {
         let mut history = Vec::with_capacity(len + tree.len());
         history.extend_from_slice(tokens);
         let mirostat = sampler.mirostat;
-        Self { sampler, tree, logits, root_row, tokens: history, len, mirostat, untruncated: None }
+        Self {
+            sampler,
+            tree,
+            logits,
+            root_row,
+            tokens: history,
+            len,
+            mirostat,
+            untruncated: None,
+        }
     }
 
     /// The best token after the accepted nodes `path`.
     pub fn best(&mut self, path: &[usize]) -> Result<u32> {
         let position = self.len + path.len();
         let scores = self.scores(path)?;
-        best_score(&scores).map(|(token, _)| token).map_err(|e| e.at_position(position))
+        best_score(&scores)
+            .map(|(token, _)| token)
+            .map_err(|e| e.at_position(position))
     }
 
     /// The target's law after the accepted nodes `path`.
@@ -63,7 +74,8 @@ impl<'a> Walk<'a> {
         let mut scores = self.scores(path)?;
         self.learn(path.last().and_then(|&n| self.tree.units().get(n)).copied());
         if let Some(mirostat) = &self.mirostat {
-            let untruncated = Categorical::from_scores(scores.as_slice()).map_err(|e| e.at_position(position))?;
+            let untruncated =
+                Categorical::from_scores(scores.as_slice()).map_err(|e| e.at_position(position))?;
             mirostat.truncate(&mut scores)?;
             self.untruncated = Some(untruncated);
         }
@@ -78,20 +90,32 @@ impl<'a> Walk<'a> {
     }
 
     fn learn(&mut self, token: Option<u32>) {
-        if let (Some(mirostat), Some(law), Some(token)) = (&mut self.mirostat, self.untruncated.take(), token) {
+        if let (Some(mirostat), Some(law), Some(token)) =
+            (&mut self.mirostat, self.untruncated.take(), token)
+        {
             mirostat.observe(&law, token);
         }
     }
 
+    /// The raw logits after `path`.
+    fn row(&self, path: &[usize]) -> Result<&'a [f32]> {
+        let row = path
+            .last()
+            .map_or(self.root_row, |node| self.root_row + 1 + node);
+        self.logits.row(row).ok_or_else(|| {
+            let rows = self.logits.rows();
+            Error::contract(
+                "the model",
+                format!("gave {rows} rows of logits, row {row} is missing"),
+            )
+        })
+    }
+
     fn scores(&mut self, path: &[usize]) -> Result<Vec<f32>> {
-        let row = path.last().map_or(self.root_row, |node| self.root_row + 1 + node);
-        let rows = self.logits.rows();
-        let logits = self.logits.row(row).ok_or_else(|| {
-            Error::contract("the model", format!("gave {rows} rows of logits, row {row} is missing"))
-        })?;
-        let mut scores = logits.to_vec();
+        let mut scores = self.row(path)?.to_vec();
         self.tokens.truncate(self.len);
-        self.tokens.extend(path.iter().filter_map(|&n| self.tree.units().get(n)));
+        self.tokens
+            .extend(path.iter().filter_map(|&n| self.tree.units().get(n)));
         let ctx = Context {
             tokens: &self.tokens,
             prompt_len: self.sampler.prompt_len,

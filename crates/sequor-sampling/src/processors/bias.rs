@@ -39,7 +39,9 @@ pub(super) fn bad_words(ctx: &Context<'_>, scores: &mut [f32], words: &[Vec<u32>
 /// Adds `bias` to the last token of `sequence` if the tokens before it have just
 /// occurred. A sequence longer than the whole history is skipped.
 fn add_where_completed(ctx: &Context<'_>, scores: &mut [f32], sequence: &[u32], bias: f32) {
-    let Some((&last, start)) = sequence.split_last() else { return };
+    let Some((&last, start)) = sequence.split_last() else {
+        return;
+    };
     if start.is_empty() || (sequence.len() <= ctx.tokens.len() && ctx.tokens.ends_with(start)) {
         add(scores, last, bias);
     }

@@ -10,12 +10,19 @@ const MIN_KEEP: usize = 1;
 
 pub(super) fn remove_invalid(scores: &mut [f32]) {
     for score in scores {
-        *score = if score.is_nan() { 0.0 } else { score.clamp(f32::MIN, f32::MAX) };
+        *score = if score.is_nan() {
+            0.0
+        } else {
+            score.clamp(f32::MIN, f32::MAX)
+        };
     }
 }
 
 pub(super) fn temperature(scores: &mut [f32], temperature: f32) {
-    let largest = scores.iter().filter(|s| s.is_finite()).fold(0.0_f32, |m, s| m.max(s.abs()));
+    let largest = scores
+        .iter()
+        .filter(|s| s.is_finite())
+        .fold(0.0_f32, |m, s| m.max(s.abs()));
     if !(largest / temperature).is_finite() {
         // A temperature close to zero overflows. The law does not change when the best
         // score is moved to 0 first, and then only hopeless tokens leave the range.
@@ -31,10 +38,6 @@ pub(super) fn top_h(scores: &mut [f32], share: f64) {
 
 pub(super) fn top_k(scores: &mut [f32], k: usize) {
     select::keep_top_k(scores, k, MIN_KEEP);
-}
-
-pub(super) fn top_p(scores: &mut [f32], mass: f64) {
-    select::keep_top_p(scores, mass, MIN_KEEP);
 }
 
 pub(super) fn min_p(scores: &mut [f32], share: f64) {

@@ -18,13 +18,23 @@ pub enum GuidanceSpace {
     Logits,
 }
 
-pub(super) fn mix(ctx: &Context<'_>, scores: &mut [f32], scale: f32, space: GuidanceSpace) -> Result<()> {
+pub(super) fn mix(
+    ctx: &Context<'_>,
+    scores: &mut [f32],
+    scale: f32,
+    space: GuidanceSpace,
+) -> Result<()> {
     let Some(unconditional) = ctx.unconditional else {
-        let message = "guidance_scale needs the logits of an unconditional branch, and this model gives none";
+        let message =
+            "guidance_scale needs the logits of an unconditional branch, and this model gives none";
         return Err(Error::Unsupported(message.to_owned()));
     };
     if unconditional.len() != scores.len() {
-        let what = format!("{} unconditional logits for {} conditional ones", unconditional.len(), scores.len());
+        let what = format!(
+            "{} unconditional logits for {} conditional ones",
+            unconditional.len(),
+            scores.len()
+        );
         return Err(Error::contract("the model", what));
     }
     let mut unconditional = unconditional.to_vec();

@@ -25,7 +25,10 @@ pub struct ProcessorList {
 #[derive(Clone)]
 enum Stage {
     Published(Processor),
-    Function { place: u8, run: Arc<dyn LogitsProcessor + Send + Sync> },
+    Function {
+        place: u8,
+        run: Arc<dyn LogitsProcessor + Send + Sync>,
+    },
 }
 
 impl Stage {
@@ -41,7 +44,9 @@ impl ProcessorList {
     /// Processors in the order given.
     #[must_use]
     pub fn new(processors: impl IntoIterator<Item = Processor>) -> Self {
-        Self { stages: processors.into_iter().map(Stage::Published).collect() }
+        Self {
+            stages: processors.into_iter().map(Stage::Published).collect(),
+        }
     }
 
     /// What `config` asks for, in Hugging Face's order. Without sampling, temperature and
@@ -79,7 +84,10 @@ impl ProcessorList {
     /// Removes every token that `allowed` does not name for a sequence: the way to
     /// impose a grammar.
     #[must_use]
-    pub fn with_allowed_tokens(self, allowed: impl Fn(&[u32]) -> Vec<u32> + Send + Sync + 'static) -> Self {
+    pub fn with_allowed_tokens(
+        self,
+        allowed: impl Fn(&[u32]) -> Vec<u32> + Send + Sync + 'static,
+    ) -> Self {
         let run = move |ctx: &Context<'_>, scores: &mut [f32]| {
             let mut allowed = allowed(ctx.tokens);
             allowed.sort_unstable();
@@ -94,7 +102,11 @@ impl ProcessorList {
     }
 
     fn with_function(mut self, place: u8, run: Arc<dyn LogitsProcessor + Send + Sync>) -> Self {
-        let at = self.stages.iter().position(|s| s.place() > place).unwrap_or(self.stages.len());
+        let at = self
+            .stages
+            .iter()
+            .position(|s| s.place() > place)
+            .unwrap_or(self.stages.len());
         self.stages.insert(at, Stage::Function { place, run });
         self
     }
@@ -102,7 +114,8 @@ impl ProcessorList {
     /// The same list without the processors that truncate by probability.
     #[must_use]
     pub fn without_truncation(mut self) -> Self {
-        self.stages.retain(|s| !matches!(s, Stage::Published(p) if p.truncates()));
+        self.stages
+            .retain(|s| !matches!(s, Stage::Published(p) if p.truncates()));
         self
     }
 
@@ -134,36 +147,64 @@ fn constraints(config: &GenerationConfig) -> Vec<Processor> {
     let penalty = |p: Option<f64>| p.filter(|&p| p != 1.0).map(|p| p as f32);
     let size = |n: Option<usize>| n.filter(|&n| n > 0);
     if let Some(scale) = config.guidance_scale.filter(|&g| g != 1.0) {
-        list.push(Processor::Guidance { scale: scale as f32, space: GuidanceSpace::LogProbabilities });
+        list.push(Processor::Guidance {
+            scale: scale as f32,
+            space: GuidanceSpace::LogProbabilities,
+        });
     }
     if let Some(biases) = &config.sequence_bias {
-        let biases = biases.iter().map(|(ids, bias)| (ids.clone(), *bias as f32)).collect();
+        let biases = biases
+            .iter()
+            .map(|(ids, bias)| (ids.clone(), *bias as f32))
+            .collect();
         list.push(Processor::SequenceBias { biases });
     }
     list.extend(
-        penalty(config.encoder_repetition_penalty).map(|penalty| Processor::EncoderRepetitionPenalty { penalty }),
+        penalty(config.encoder_repetition_penalty)
+            .map(|penalty| Processor::EncoderRepetitionPenalty { penalty }),
     );
-    list.extend(penalty(config.repetition_penalty).map(|penalty| Processor::RepetitionPenalty { penalty }));
+    list.extend(
+        penalty(config.repetition_penalty).map(|penalty| Processor::RepetitionPenalty { penalty }),
+    );
     let frequency = config.frequency_penalty.unwrap_or(0.0) as f32;
     let presence = config.presence_penalty.unwrap_or(0.0) as f32;
     if frequency != 0.0 || presence != 0.0 {
-        list.push(Processor::FrequencyPresence { frequency, presence });
+        list.push(Processor::FrequencyPresence {
+            frequency,
+            presence,
+        });
     }
     list.extend(size(config.no_repeat_ngram_size).map(|size| Processor::NoRepeatNgram { size }));
-    list.extend(size(config.encoder_no_repeat_ngram_size).map(|size| Processor::EncoderNoRepeatNgram { size }));
+    list.extend(
+        size(config.encoder_no_repeat_ngram_size)
+            .map(|size| Processor::EncoderNoRepeatNgram { size }),
+    );
     if let Some(words) = &config.bad_words_ids {
         // Forbidding end-of-sequence as a "bad word" would keep the text from ending.
         let is_eos = |word: &Vec<u32>| matches!(word.as_slice(), [id] if eos.contains(id));
-        list.push(Processor::BadWords { words: words.iter().filter(|w| !is_eos(w)).cloned().collect() });
+        list.push(Processor::BadWords {
+            words: words.iter().filter(|w| !is_eos(w)).cloned().collect(),
+        });
     }
     if !eos.is_empty() {
         let eos = || eos.clone();
-        list.extend(size(config.min_length).map(|length| Processor::MinLength { length, eos: eos() }));
-        list.extend(size(config.min_new_tokens).map(|tokens| Processor::MinNewTokens { tokens, eos: eos() }));
+        list.extend(
+            size(config.min_length).map(|length| Processor::MinLength { length, eos: eos() }),
+        );
+        list.extend(
+            size(config.min_new_tokens)
+                .map(|tokens| Processor::MinNewTokens { tokens, eos: eos() }),
+        );
     }
-    list.extend(config.forced_bos_token_id.map(|token| Processor::ForcedBos { token }));
+    list.extend(
+        config
+            .forced_bos_token_id
+            .map(|token| Processor::ForcedBos { token }),
+    );
     let forced_eos = config.forced_eos_token_id.as_ref().map(TokenIds::as_slice);
-    list.extend(forced_eos.map(|tokens| Processor::ForcedEos { tokens: tokens.to_vec() }));
+    list.extend(forced_eos.map(|tokens| Processor::ForcedEos {
+        tokens: tokens.to_vec(),
+    }));
     if config.remove_invalid_values == Some(true) {
         list.push(Processor::RemoveInvalid);
     }
@@ -175,7 +216,10 @@ fn constraints(config: &GenerationConfig) -> Vec<Processor> {
     }
     if let Some(tokens) = config.begin_suppress_tokens.clone() {
         let after_forced = config.forced_bos_token_id.is_some();
-        list.push(Processor::BeginSuppress { tokens, after_forced });
+        list.push(Processor::BeginSuppress {
+            tokens,
+            after_forced,
+        });
     }
     list
 }
@@ -190,7 +234,12 @@ fn warpers(config: &GenerationConfig) -> Vec<Processor> {
         list.push(Processor::Temperature { temperature });
     }
     list.extend(config.top_h.map(|share| Processor::TopH { share }));
-    list.extend(config.top_k.filter(|&k| k > 0).map(|k| Processor::TopK { k }));
+    list.extend(
+        config
+            .top_k
+            .filter(|&k| k > 0)
+            .map(|k| Processor::TopK { k }),
+    );
     list.extend(below_one(config.top_p).map(|mass| Processor::TopP { mass }));
     list.extend(config.min_p.map(|share| Processor::MinP { share }));
     list.extend(below_one(config.typical_p).map(|mass| Processor::Typical { mass }));
@@ -214,7 +263,9 @@ impl fmt::Debug for ProcessorList {
         for stage in &self.stages {
             match stage {
                 Stage::Published(processor) => list.entry(processor),
-                Stage::Function { place, .. } => list.entry(&format_args!("function at place {place}")),
+                Stage::Function { place, .. } => {
+                    list.entry(&format_args!("function at place {place}"))
+                }
             };
         }
         list.finish()
@@ -225,7 +276,9 @@ impl Serialize for ProcessorList {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let published: Vec<_> = self.iter().collect();
         if published.len() < self.stages.len() {
-            return Err(ser::Error::custom("a processor list with functions in it cannot be written down"));
+            return Err(ser::Error::custom(
+                "a processor list with functions in it cannot be written down",
+            ));
         }
         published.serialize(serializer)
     }

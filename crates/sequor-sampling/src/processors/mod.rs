@@ -15,6 +15,7 @@ mod length;
 mod list;
 mod ngram;
 mod penalty;
+mod top_p;
 mod watermark;
 
 use serde::{Deserialize, Serialize};
@@ -43,7 +44,12 @@ impl<'a> Context<'a> {
     /// A context without guidance or length limit.
     #[must_use]
     pub fn new(tokens: &'a [u32], prompt_len: usize) -> Self {
-        Self { tokens, prompt_len, unconditional: None, max_length: None }
+        Self {
+            tokens,
+            prompt_len,
+            unconditional: None,
+            max_length: None,
+        }
     }
 
     /// The prompt.
@@ -272,13 +278,24 @@ impl LogitsProcessor for Processor {
         match self {
             Self::Guidance { scale, space } => return guidance::mix(ctx, scores, *scale, *space),
             Self::SequenceBias { biases } => bias::sequences(ctx, scores, biases),
-            Self::EncoderRepetitionPenalty { penalty } => penalty::repetition(ctx.prompt(), scores, 1.0 / penalty),
-            Self::RepetitionPenalty { penalty } => penalty::repetition(ctx.tokens, scores, *penalty),
-            Self::FrequencyPresence { frequency, presence } => {
+            Self::EncoderRepetitionPenalty { penalty } => {
+                penalty::repetition(ctx.prompt(), scores, 1.0 / penalty)
+            }
+            Self::RepetitionPenalty { penalty } => {
+                penalty::repetition(ctx.tokens, scores, *penalty)
+            }
+            Self::FrequencyPresence {
+                frequency,
+                presence,
+            } => {
                 penalty::frequency_presence(ctx.generated(), scores, *frequency, *presence);
             }
-            Self::NoRepeatNgram { size } => ngram::forbid_repeats(ctx.tokens, ctx.tokens, *size, scores),
-            Self::EncoderNoRepeatNgram { size } => ngram::forbid_repeats(ctx.prompt(), ctx.tokens, *size, scores),
+            Self::NoRepeatNgram { size } => {
+                ngram::forbid_repeats(ctx.tokens, ctx.tokens, *size, scores)
+            }
+            Self::EncoderNoRepeatNgram { size } => {
+                ngram::forbid_repeats(ctx.prompt(), ctx.tokens, *size, scores)
+            }
             Self::BadWords { words } => bias::bad_words(ctx, scores, words),
             Self::MinLength { length, eos } => {
                 if ctx.tokens.len() < *length {
@@ -305,7 +322,10 @@ impl LogitsProcessor for Processor {
                 length::exponential_decay(ctx, scores, *start, *factor, eos);
             }
             Self::Suppress { tokens } => bias::remove(scores, tokens),
-            Self::BeginSuppress { tokens, after_forced } => {
+            Self::BeginSuppress {
+                tokens,
+                after_forced,
+            } => {
                 let begin = ctx.prompt_len + usize::from(*after_forced && ctx.prompt_len == 1);
                 if ctx.tokens.len() == begin {
                     bias::remove(scores, tokens);
@@ -314,7 +334,7 @@ impl LogitsProcessor for Processor {
             Self::Temperature { temperature } => filter::temperature(scores, *temperature),
             Self::TopH { share } => filter::top_h(scores, *share),
             Self::TopK { k } => filter::top_k(scores, *k),
-            Self::TopP { mass } => filter::top_p(scores, *mass),
+            Self::TopP { mass } => return top_p::keep(scores, *mass),
             Self::MinP { share } => filter::min_p(scores, *share),
             Self::Typical { mass } => filter::typical(scores, *mass),
             Self::Epsilon { cutoff } => filter::epsilon(scores, *cutoff),

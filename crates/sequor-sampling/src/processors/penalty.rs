@@ -28,12 +28,21 @@ pub(super) fn repetition(tokens: &[u32], scores: &mut [f32], penalty: f32) {
         if met.first_time(token)
             && let Some(score) = scores.get_mut(token as usize)
         {
-            *score = if *score < 0.0 { *score * penalty } else { *score / penalty };
+            *score = if *score < 0.0 {
+                *score * penalty
+            } else {
+                *score / penalty
+            };
         }
     }
 }
 
-pub(super) fn frequency_presence(generated: &[u32], scores: &mut [f32], frequency: f32, presence: f32) {
+pub(super) fn frequency_presence(
+    generated: &[u32],
+    scores: &mut [f32],
+    frequency: f32,
+    presence: f32,
+) {
     let mut met = Met::new(scores.len());
     for &token in generated {
         if let Some(score) = scores.get_mut(token as usize) {

@@ -65,13 +65,25 @@ impl WatermarkConfig {
     /// `Input` naming the option.
     pub fn validate(&self) -> Result<()> {
         if !(0.0..=1.0).contains(&self.greenlist_ratio) {
-            return Err(Error::input("watermarking_config.greenlist_ratio", self.greenlist_ratio, "a number in [0, 1]"));
+            return Err(Error::input(
+                "watermarking_config.greenlist_ratio",
+                self.greenlist_ratio,
+                "a number in [0, 1]",
+            ));
         }
         if !self.bias.is_finite() {
-            return Err(Error::input("watermarking_config.bias", self.bias, "a finite number"));
+            return Err(Error::input(
+                "watermarking_config.bias",
+                self.bias,
+                "a finite number",
+            ));
         }
         if self.context_width == 0 {
-            return Err(Error::input("watermarking_config.context_width", 0, "at least 1"));
+            return Err(Error::input(
+                "watermarking_config.context_width",
+                0,
+                "at least 1",
+            ));
         }
         Ok(())
     }
@@ -93,7 +105,10 @@ impl Watermark {
     /// `Input` naming an option that is out of range.
     pub fn new(config: WatermarkConfig) -> Result<Self> {
         config.validate()?;
-        Ok(Self { config, table: Arc::default() })
+        Ok(Self {
+            config,
+            table: Arc::default(),
+        })
     }
 
     /// Green tokens after `tokens` for a vocabulary of `vocab`, in the order of the
@@ -112,7 +127,9 @@ impl Watermark {
         let green = match self.config.seeding_scheme {
             SeedingScheme::LeftHash => self.green_list(ctx.tokens, scores.len()),
             SeedingScheme::SelfHash => {
-                let best = select::top_n(scores, CANDIDATES).into_iter().filter_map(|(i, _)| u32::try_from(i).ok());
+                let best = select::top_n(scores, CANDIDATES)
+                    .into_iter()
+                    .filter_map(|(i, _)| u32::try_from(i).ok());
                 let mut tokens = ctx.tokens.to_vec();
                 best.filter(|&candidate| {
                     tokens.truncate(ctx.tokens.len());
@@ -137,9 +154,13 @@ impl Watermark {
         let product = match self.config.seeding_scheme {
             SeedingScheme::LeftHash => i128::from(key) * i128::from(last),
             SeedingScheme::SelfHash => {
-                let context = tokens.get(tokens.len().saturating_sub(self.config.context_width)..).unwrap_or_default();
+                let context = tokens
+                    .get(tokens.len().saturating_sub(self.config.context_width)..)
+                    .unwrap_or_default();
                 let b = self.entry(last);
-                let products = context.iter().map(|&t| key.wrapping_mul(self.entry(t)).wrapping_mul(b));
+                let products = context
+                    .iter()
+                    .map(|&t| key.wrapping_mul(self.entry(t)).wrapping_mul(b));
                 i128::from(products.min().unwrap_or(0))
             }
         };
@@ -147,8 +168,12 @@ impl Watermark {
     }
 
     fn entry(&self, token: u32) -> i64 {
-        let table = self.table.get_or_init(|| Mersenne::new(self.config.hashing_key as u32).permutation(TABLE));
-        table.get(token as usize % TABLE).map_or(1, |&x| i64::from(x) + 1)
+        let table = self
+            .table
+            .get_or_init(|| Mersenne::new(self.config.hashing_key as u32).permutation(TABLE));
+        table
+            .get(token as usize % TABLE)
+            .map_or(1, |&x| i64::from(x) + 1)
     }
 }
 
@@ -187,17 +212,23 @@ impl Mersenne {
         let mut last = seed;
         for (i, word) in (0_u32..).zip(&mut state) {
             if i > 0 {
-                last = (last ^ (last >> 30)).wrapping_mul(1_812_433_253).wrapping_add(i);
+                last = (last ^ (last >> 30))
+                    .wrapping_mul(1_812_433_253)
+                    .wrapping_add(i);
             }
             *word = last;
         }
-        Self { state, next: Self::N }
+        Self {
+            state,
+            next: Self::N,
+        }
     }
 
     fn next_u32(&mut self) -> u32 {
         if self.next == Self::N {
             for i in 0..Self::N {
-                let joined = self.state[i] & 0x8000_0000 | self.state[(i + 1) % Self::N] & 0x7fff_ffff;
+                let joined =
+                    self.state[i] & 0x8000_0000 | self.state[(i + 1) % Self::N] & 0x7fff_ffff;
                 let twist = if joined & 1 == 1 { 0x9908_b0df } else { 0 };
                 self.state[i] = self.state[(i + Self::M) % Self::N] ^ (joined >> 1) ^ twist;
             }
@@ -231,8 +262,14 @@ mod tests {
     fn permutation_is_the_one_of_torch() {
         for (seed, n) in [(0_u32, 1_i64), (15_485_863, 48), (123_456_789, 1000)] {
             tch::manual_seed(i64::from(seed));
-            let expected = Vec::<i64>::try_from(Tensor::f_randperm(n, (Kind::Int64, Device::Cpu)).unwrap()).unwrap();
-            let found: Vec<i64> = Mersenne::new(seed).permutation(n as usize).into_iter().map(i64::from).collect();
+            let expected =
+                Vec::<i64>::try_from(Tensor::f_randperm(n, (Kind::Int64, Device::Cpu)).unwrap())
+                    .unwrap();
+            let found: Vec<i64> = Mersenne::new(seed)
+                .permutation(n as usize)
+                .into_iter()
+                .map(i64::from)
+                .collect();
             assert_eq!(found, expected, "seed {seed}");
         }
     }
@@ -240,13 +277,23 @@ mod tests {
     #[test]
     fn green_tokens_gain_the_bias_and_nothing_else_changes() {
         for seeding_scheme in [SeedingScheme::LeftHash, SeedingScheme::SelfHash] {
-            let watermark = Watermark::new(WatermarkConfig { seeding_scheme, ..Default::default() }).unwrap();
+            let watermark = Watermark::new(WatermarkConfig {
+                seeding_scheme,
+                ..Default::default()
+            })
+            .unwrap();
             let tokens = [3, 17, 5];
             let plain: Vec<f32> = (0..64).map(|i| (i as f32 * 0.7).sin()).collect();
             let mut scores = plain.clone();
             watermark.process(&Context::new(&tokens, 1), &mut scores);
-            let green: Vec<u32> = (0..64).filter(|&i| scores[i as usize] != plain[i as usize]).collect();
-            assert!(green.iter().all(|&i| scores[i as usize] == plain[i as usize] + 2.0));
+            let green: Vec<u32> = (0..64)
+                .filter(|&i| scores[i as usize] != plain[i as usize])
+                .collect();
+            assert!(
+                green
+                    .iter()
+                    .all(|&i| scores[i as usize] == plain[i as usize] + 2.0)
+            );
             match seeding_scheme {
                 SeedingScheme::LeftHash => {
                     let mut expected = watermark.green_list(&tokens, 64);
@@ -261,11 +308,27 @@ mod tests {
 
     #[test]
     fn a_short_context_is_left_alone_and_bad_options_are_refused() {
-        let watermark = Watermark::new(WatermarkConfig { context_width: 4, ..Default::default() }).unwrap();
+        let watermark = Watermark::new(WatermarkConfig {
+            context_width: 4,
+            ..Default::default()
+        })
+        .unwrap();
         let mut scores = [1.0; 8];
         watermark.process(&Context::new(&[1, 2], 1), &mut scores);
         assert_eq!(scores, [1.0; 8]);
-        assert!(Watermark::new(WatermarkConfig { greenlist_ratio: 1.5, ..Default::default() }).is_err());
-        assert!(Watermark::new(WatermarkConfig { context_width: 0, ..Default::default() }).is_err());
+        assert!(
+            Watermark::new(WatermarkConfig {
+                greenlist_ratio: 1.5,
+                ..Default::default()
+            })
+            .is_err()
+        );
+        assert!(
+            Watermark::new(WatermarkConfig {
+                context_width: 0,
+                ..Default::default()
+            })
+            .is_err()
+        );
     }
 }

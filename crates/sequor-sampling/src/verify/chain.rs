@@ -48,7 +48,9 @@ pub fn chain<L: Law>(
             let bonus = p.sample(&mut draws.stream(depth, Purpose::Sample));
             return Ok(Verdict::bonus(path, bonus));
         };
-        let (unit, proposal) = tree.node(node).ok_or_else(|| Error::contract("the draft tree", "lost a node"))?;
+        let (unit, proposal) = tree
+            .node(node)
+            .ok_or_else(|| Error::contract("the draft tree", "lost a node"))?;
         if let Some(replacement) = replacement(&p, unit, proposal, draws, depth, acceptance)? {
             return Ok(Verdict::replaced(path, replacement));
         }
@@ -73,9 +75,15 @@ fn replacement<L: Law>(
         Proposal::OneHot => {
             let y = p.sample(&mut draws.stream(depth, Purpose::Sample));
             let forgiven = || acceptance.leniency() > 0.0 && accept() < acceptance.leniency();
-            Ok(if y == *unit || forgiven() { None } else { Some(y) })
+            Ok(if y == *unit || forgiven() {
+                None
+            } else {
+                Some(y)
+            })
         }
         Proposal::Law(q) if acceptance.accepts(p.ratio(q, unit), accept()) => Ok(None),
-        Proposal::Law(q) => p.residual(q, &mut draws.stream(depth, Purpose::Residual)).map(Some),
+        Proposal::Law(q) => p
+            .residual(q, &mut draws.stream(depth, Purpose::Residual))
+            .map(Some),
     }
 }

@@ -27,7 +27,13 @@ pub fn greedy<L: Law>(
         let rejected = children.peek().is_some();
         match children.find(|&c| tree.node(c).is_some_and(|(drafted, _)| *drafted == unit)) {
             Some(child) => path.push(child),
-            None => return Ok(Verdict { path, emitted: Some(unit), rejected }),
+            None => {
+                return Ok(Verdict {
+                    path,
+                    emitted: Some(unit),
+                    rejected,
+                });
+            }
         }
         if ends(&unit) {
             return Ok(Verdict::ended(path));

@@ -35,21 +35,39 @@ pub fn speculative_sampling(
     acceptance: Acceptance,
 ) -> Result<HfVerdict> {
     let n = candidates.len();
-    for (name, found, expected) in
-        [("q", q.len(), n), ("p", p.len(), n + 1), ("accept_uniforms", accept_uniforms.len(), n)]
-    {
+    for (name, found, expected) in [
+        ("q", q.len(), n),
+        ("p", p.len(), n + 1),
+        ("accept_uniforms", accept_uniforms.len(), n),
+    ] {
         if found != expected {
-            return Err(Error::input(name, format!("{found} items"), format!("{expected} for {n} candidates")));
+            return Err(Error::input(
+                name,
+                format!("{found} items"),
+                format!("{expected} for {n} candidates"),
+            ));
         }
     }
     let rounds = candidates.iter().zip(q).zip(p).zip(accept_uniforms);
-    let n_matches = rounds.take_while(|(((x, q), p), u)| acceptance.accepts(p.ratio(q, x), **u)).count();
+    let n_matches = rounds
+        .take_while(|(((x, q), p), u)| acceptance.accepts(p.ratio(q, x), **u))
+        .count();
     let next = match (p.get(n_matches), q.get(n_matches)) {
         (Some(p), Some(q)) => p.residual_law(q).unwrap_or_else(|| p.clone()),
         (Some(p), None) => p.clone(),
-        (None, _) => return Err(Error::input("p", "too short", "one law more than candidates")),
+        (None, _) => {
+            return Err(Error::input(
+                "p",
+                "too short",
+                "one law more than candidates",
+            ));
+        }
     };
     let mut tokens = candidates.get(..n_matches).unwrap_or_default().to_vec();
     tokens.push(next.quantile(draw_uniform));
-    Ok(HfVerdict { n_matches, tokens, next })
+    Ok(HfVerdict {
+        n_matches,
+        tokens,
+        next,
+    })
 }

@@ -62,7 +62,8 @@ impl Draws {
     /// The stream of `purpose` for a unit `depth` below the first.
     #[must_use]
     pub fn stream(&self, depth: usize, purpose: Purpose) -> Stream {
-        self.key.stream(self.position.wrapping_add(depth as u64), purpose)
+        self.key
+            .stream(self.position.wrapping_add(depth as u64), purpose)
     }
 }
 
@@ -117,14 +118,26 @@ impl Acceptance {
 
 impl<U> Verdict<U> {
     fn ended(path: Vec<usize>) -> Self {
-        Self { path, emitted: None, rejected: false }
+        Self {
+            path,
+            emitted: None,
+            rejected: false,
+        }
     }
 
     fn bonus(path: Vec<usize>, unit: U) -> Self {
-        Self { path, emitted: Some(unit), rejected: false }
+        Self {
+            path,
+            emitted: Some(unit),
+            rejected: false,
+        }
     }
 
     fn replaced(path: Vec<usize>, unit: U) -> Self {
-        Self { path, emitted: Some(unit), rejected: true }
+        Self {
+            path,
+            emitted: Some(unit),
+            rejected: true,
+        }
     }
 }

@@ -20,9 +20,9 @@
 use sequor_kernels::rng::Purpose;
 
 use super::{Acceptance, Draws, Verdict};
+use crate::Result;
 use crate::distribution::{Categorical, Law};
 use crate::tree::{DraftTree, Draw, Proposal};
-use crate::Result;
 
 /// Verifies a tree of tokens. `law(path)` is the target's law after the accepted nodes
 /// `path`; `ends` says whether a token ends the sequence.
@@ -45,12 +45,17 @@ pub fn tree(
             let bonus = plain(&p);
             return Ok(Verdict::bonus(path, bonus));
         }
-        let drawn = children.iter().any(|c| matches!(c.proposal, Proposal::Law(_)));
+        let drawn = children
+            .iter()
+            .any(|c| matches!(c.proposal, Proposal::Law(_)));
         let next = if drawn {
             multi_round(p, &children, tree.draw(), draws, depth)
         } else {
             let y = plain(&p);
-            children.iter().find(|c| c.token == y).map_or(Next::Emit(y), |c| Next::Descend(c.node, y))
+            children
+                .iter()
+                .find(|c| c.token == y)
+                .map_or(Next::Emit(y), |c| Next::Descend(c.node, y))
         };
         match next {
             Next::Emit(y) => return Ok(Verdict::replaced(path, y)),
@@ -76,11 +81,23 @@ enum Next {
 }
 
 fn children(tree: &DraftTree, node: Option<usize>) -> Vec<Child<'_>> {
-    let child = |node| tree.node(node).map(|(&token, proposal)| Child { node, token, proposal });
+    let child = |node| {
+        tree.node(node).map(|(&token, proposal)| Child {
+            node,
+            token,
+            proposal,
+        })
+    };
     tree.children(node).filter_map(child).collect()
 }
 
-fn multi_round(p: Categorical, children: &[Child<'_>], draw: Draw, draws: &Draws, depth: usize) -> Next {
+fn multi_round(
+    p: Categorical,
+    children: &[Child<'_>],
+    draw: Draw,
+    draws: &Draws,
+    depth: usize,
+) -> Next {
     let mut accept = draws.stream(depth, Purpose::Accept);
     let mut p = p;
     // What the drawn siblings that were rejected have left of their common law.

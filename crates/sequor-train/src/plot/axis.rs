@@ -24,7 +24,7 @@ pub fn ticks(low: f64, high: f64, count: usize) -> Ticks {
     let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|&s| s >= rough).unwrap_or(10.0 * power);
     let first = (low / step).ceil();
     let values = (0..=2 * count).map(|i| (first + i as f64) * step).take_while(|&v| v <= high + 1e-9 * step).collect();
-    let decimals = (-step.log10() + 1e-9).ceil().clamp(0.0, 6.0) as usize;
+    let decimals = (-step.log10() - 1e-9).ceil().clamp(0.0, 6.0) as usize;
     Ticks { values, decimals }
 }
 

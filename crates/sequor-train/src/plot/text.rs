@@ -3,7 +3,7 @@
 use font8x8::UnicodeFonts;
 use plotters::prelude::*;
 
-use super::{Canvas, Drawn};
+use super::{Canvas, Drawn, ZOOM};
 
 /// Which point of the text is given.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -24,36 +24,35 @@ pub enum Turn {
 /// Side of a letter in its font.
 const SIDE: usize = 8;
 
-/// Draws `text` with its vertical middle at `at`, each pixel of the font `scale` wide.
-pub fn draw_text(canvas: &Canvas<'_>, text: &str, at: (i32, i32), scale: i32, colour: RGBColor, anchor: Anchor, turn: Turn) -> Drawn {
-    let width = text.chars().count() as i32 * SIDE as i32 * scale;
+/// Draws `text` with its vertical middle at `at`, in letters of `8 * scale` pixels of
+/// the finished picture.
+pub fn draw_text(
+    canvas: &Canvas<'_>,
+    text: &str,
+    at: (i32, i32),
+    scale: i32,
+    colour: RGBColor,
+    anchor: Anchor,
+    turn: Turn,
+) -> Drawn {
+    let side = SIDE as i32 * scale * ZOOM;
+    let width = text.chars().count() as i32 * side;
     let along = match anchor {
         Anchor::Left => 0,
         Anchor::Middle => -width / 2,
         Anchor::Right => -width,
     };
-    let across = -(SIDE as i32) * scale / 2;
-    // Letters are doubled with rounded corners; `scale` then is in halves of that.
     for (i, letter) in text.chars().enumerate() {
-        let big = double(&glyph(letter));
-        let offset = along + i as i32 * SIDE as i32 * scale;
-        for (y, row) in big.iter().enumerate() {
-            for (x, _) in row.iter().enumerate().filter(|(_, on)| **on) {
-                // Exact for even scales; odd ones share the remainder evenly.
-                let [u0, u1] = [x, x + 1].map(|x| offset + x as i32 * scale / 2);
-                let [v0, v1] = [y, y + 1].map(|y| across + y as i32 * scale / 2);
-                let corner = |u: i32, v: i32| match turn {
-                    Turn::None => (at.0 + u, at.1 + v),
-                    Turn::Left => (at.0 + v, at.1 - u),
-                };
-                let end = match turn {
-                    Turn::None => corner(u1 - 1, v1 - 1),
-                    Turn::Left => corner(u1 - 1, v1 - 1),
-                };
-                if u1 > u0 && v1 > v0 {
-                    canvas.draw(&Rectangle::new([corner(u0, v0), end], colour.filled()))?;
-                }
-            }
+        let large: Bitmap<{ 4 * SIDE }> = double(&double::<SIDE, { 2 * SIDE }>(&glyph(letter)));
+        // Each drawn pixel looks up the enlarged letter, whatever its own size.
+        let on = |u: i32, v: i32| large[v as usize * large.len() / side as usize][u as usize * large.len() / side as usize];
+        for (u, v) in (0..side * side).map(|n| (n % side, n / side)).filter(|&(u, v)| on(u, v)) {
+            let (u, v) = (along + i as i32 * side + u, v - side / 2);
+            let place = match turn {
+                Turn::None => (at.0 + u, at.1 + v),
+                Turn::Left => (at.0 + v, at.1 - u),
+            };
+            canvas.draw_pixel(place, &colour)?;
         }
     }
     Ok(())
@@ -66,10 +65,10 @@ fn glyph(letter: char) -> Bitmap<SIDE> {
     rows.map(|row| std::array::from_fn(|x| row >> x & 1 == 1))
 }
 
-/// Twice the size by the Scale2x rule (Mazzoleni, 2001), which rounds corners.
-fn double(small: &Bitmap<SIDE>) -> Bitmap<{ 2 * SIDE }> {
+/// Twice the size (`M = 2 N`) by the Scale2x rule (Mazzoleni, 2001), which rounds corners.
+fn double<const N: usize, const M: usize>(small: &Bitmap<N>) -> Bitmap<M> {
     let pixel = |x: i32, y: i32| {
-        let inside = (0..SIDE as i32).contains(&x) && (0..SIDE as i32).contains(&y);
+        let inside = (0..N as i32).contains(&x) && (0..N as i32).contains(&y);
         inside && small[y as usize][x as usize]
     };
     std::array::from_fn(|y| {
@@ -90,11 +89,11 @@ mod tests {
     #[test]
     fn letters_double_and_their_corners_round() {
         let mut dot = [[false; SIDE]; SIDE];
-        assert_eq!(double(&dot), [[false; 16]; 16]);
+        assert_eq!(double::<8, 16>(&dot), [[false; 16]; 16]);
         dot[3][3] = true;
         dot[3][4] = true;
         dot[4][4] = true;
-        let big = double(&dot);
+        let big: Bitmap<16> = double(&dot);
         // The inner corner of the L is filled, the outer one is cut.
         assert!(big[7][9] && big[6][8]);
         assert!(!big[6][9]);

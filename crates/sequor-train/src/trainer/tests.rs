@@ -1,5 +1,5 @@
 use super::*;
-use crate::log;
+use crate::log::{self, Record};
 use crate::progress::Silent;
 use crate::schedule::Shape;
 use sequor_nn::{Device, Init, Kind, ParamBuilder};
@@ -24,9 +24,9 @@ const ROWS: i64 = 24;
 impl Toy {
     fn new(kind: Kind) -> Self {
         let builder = ParamBuilder::init(1, kind, Device::Cpu);
-        builder.matrix("a", &[16, 8], Init::Normal(0.3)).unwrap();
-        builder.matrix("b", &[4, 16], Init::Normal(0.3)).unwrap();
-        builder.vector("norm", &[16], Init::Ones).unwrap();
+        let _ = builder.matrix("a", &[16, 8], Init::Normal(0.3)).unwrap();
+        let _ = builder.matrix("b", &[4, 16], Init::Normal(0.3)).unwrap();
+        let _ = builder.vector("norm", &[16], Init::Ones).unwrap();
         let data = ParamBuilder::init(2, Kind::Float, Device::Cpu);
         let x = data.matrix("x", &[ROWS, 8], Init::Normal(1.0)).unwrap().detach();
         let y = data.matrix("y", &[ROWS, 4], Init::Normal(1.0)).unwrap().detach();
@@ -97,7 +97,7 @@ fn options(steps: u64) -> TrainOptions {
     TrainOptions {
         accumulation: 2,
         seed: 11,
-        schedule: Schedule { peak: 0.02, warmup: 3, steps, shape: Shape::Cosine { min_ratio: 0.1 } },
+        schedule: Schedule { peak: 0.02, warmup: 3.min(steps), steps, shape: Shape::Cosine { min_ratio: 0.1 } },
         adamw: AdamWOptions::default(),
         clip: 1.0,
         ema: Some(0.9),
@@ -112,7 +112,7 @@ fn workplace(dir: &Path) -> Workplace {
     Workplace {
         checkpoints: dir.join("checkpoints"),
         log: dir.join("log.jsonl"),
-        save_every: Duration::ZERO,
+        save_every: Duration::from_secs(3600),
         config: json!({"toy": 1}),
     }
 }

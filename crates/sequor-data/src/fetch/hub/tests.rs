@@ -9,11 +9,20 @@ use crate::fetch::progress::Silent;
 fn references_are_read_strictly() {
     let r = |text: &str| HubRef::parse(text);
     let plain = r("HuggingFaceTB/SmolLM2-135M").unwrap();
-    assert_eq!((plain.repo.as_str(), plain.revision.as_str()), ("HuggingFaceTB/SmolLM2-135M", "main"));
+    assert_eq!(
+        (plain.repo.as_str(), plain.revision.as_str()),
+        ("HuggingFaceTB/SmolLM2-135M", "main")
+    );
     let full = r("o/n/dir/x.gguf@refs/pr/1").unwrap();
-    assert_eq!((full.file.as_deref(), full.revision.as_str()), (Some("dir/x.gguf"), "refs/pr/1"));
+    assert_eq!(
+        (full.file.as_deref(), full.revision.as_str()),
+        (Some("dir/x.gguf"), "refs/pr/1")
+    );
     assert_eq!(full.to_string(), "hf:o/n/dir/x.gguf@refs/pr/1");
-    for bad in ["", "name", "o/", "/n", "o/n@", "o/../n", "o/n/..", "o/n@../x", "o n/m", "o/n?x", "o/n#", "ö/n", "o//n", "o/n\n"] {
+    for bad in [
+        "", "name", "o/", "/n", "o/n@", "o/../n", "o/n/..", "o/n@../x", "o n/m", "o/n?x", "o/n#",
+        "ö/n", "o//n", "o/n\n",
+    ] {
         assert!(matches!(r(bad), Err(Error::Input(_))), "{bad}");
     }
     assert!(r(&format!("o/{}", "n".repeat(97))).is_err());
@@ -21,8 +30,14 @@ fn references_are_read_strictly() {
 
 #[test]
 fn endpoints() {
-    assert_eq!(host_and_port("https://huggingface.co").as_deref(), Some("huggingface.co:443"));
-    assert_eq!(host_and_port("http://mirror:8080/hf").as_deref(), Some("mirror:8080"));
+    assert_eq!(
+        host_and_port("https://huggingface.co").as_deref(),
+        Some("huggingface.co:443")
+    );
+    assert_eq!(
+        host_and_port("http://mirror:8080/hf").as_deref(),
+        Some("mirror:8080")
+    );
     assert_eq!(host_and_port("http://[::1]:9").as_deref(), Some("[::1]:9"));
     for bad in ["", "huggingface.co", "ftp://x", "https://", "https://a b"] {
         assert_eq!(host_and_port(bad), None, "{bad}");
@@ -32,39 +47,94 @@ fn endpoints() {
 #[test]
 fn the_environment_is_read_as_the_python_client_does() {
     let of = |vars: &[(&str, &str)]| {
-        let vars: Vec<(String, String)> = vars.iter().map(|(a, b)| ((*a).into(), (*b).into())).collect();
+        let vars: Vec<(String, String)> = vars
+            .iter()
+            .map(|(a, b)| ((*a).into(), (*b).into()))
+            .collect();
         Hub::from_vars(|name| vars.iter().find(|(a, _)| a == name).map(|(_, b)| b.into()))
     };
     assert_eq!(of(&[]).cache, None);
-    assert_eq!(of(&[("HOME", "/h")]).cache.unwrap(), Path::new("/h/.cache/huggingface/hub"));
-    assert_eq!(of(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]).cache.unwrap(), Path::new("/x/huggingface/hub"));
-    assert_eq!(of(&[("HOME", "/h"), ("HF_HOME", "/f")]).cache.unwrap(), Path::new("/f/hub"));
-    assert_eq!(of(&[("HF_HUB_CACHE", "/c"), ("HF_HOME", "/f")]).cache.unwrap(), Path::new("/c"));
+    assert_eq!(
+        of(&[("HOME", "/h")]).cache.unwrap(),
+        Path::new("/h/.cache/huggingface/hub")
+    );
+    assert_eq!(
+        of(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")])
+            .cache
+            .unwrap(),
+        Path::new("/x/huggingface/hub")
+    );
+    assert_eq!(
+        of(&[("HOME", "/h"), ("HF_HOME", "/f")]).cache.unwrap(),
+        Path::new("/f/hub")
+    );
+    assert_eq!(
+        of(&[("HF_HUB_CACHE", "/c"), ("HF_HOME", "/f")])
+            .cache
+            .unwrap(),
+        Path::new("/c")
+    );
     assert_eq!(of(&[("HF_ENDPOINT", "http://m/")]).endpoint, "http://m");
 }
 
 fn sibling(name: &str) -> Sibling {
-    Sibling { rfilename: name.into(), size: Some(1), lfs: None }
+    Sibling {
+        rfilename: name.into(),
+        size: Some(1),
+        lfs: None,
+    }
 }
 
 #[test]
 fn of_a_repository_only_the_model_is_taken() {
     let model = HubRef::parse("o/n").unwrap();
     let select = |names: &[&str]| {
-        let info = Info { siblings: names.iter().map(|n| sibling(n)).collect(), tags: vec![] };
-        info.select(&model).map(|v| v.into_iter().map(|s| s.rfilename.clone()).collect::<Vec<_>>())
+        let info = Info {
+            siblings: names.iter().map(|n| sibling(n)).collect(),
+            tags: vec![],
+        };
+        info.select(&model).map(|v| {
+            v.into_iter()
+                .map(|s| s.rfilename.clone())
+                .collect::<Vec<_>>()
+        })
     };
     assert_eq!(
-        select(&["model.safetensors", ".gitattributes", "tokenizer.json", "config.json", "onnx/model.onnx"]).unwrap(),
+        select(&[
+            "model.safetensors",
+            ".gitattributes",
+            "tokenizer.json",
+            "config.json",
+            "onnx/model.onnx"
+        ])
+        .unwrap(),
         ["config.json", "tokenizer.json", "model.safetensors"]
     );
     assert_eq!(
-        select(&["config.json", INDEX, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model-1-of-2.safetensors"])
-            .unwrap(),
-        ["config.json", INDEX, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+        select(&[
+            "config.json",
+            INDEX,
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+            "model-1-of-2.safetensors"
+        ])
+        .unwrap(),
+        [
+            "config.json",
+            INDEX,
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors"
+        ]
     );
-    assert!(select(&["model.safetensors"]).unwrap_err().to_string().contains("no config.json"));
-    let message = select(&["config.json", "a.Q4.gguf"]).unwrap_err().to_string();
+    assert!(
+        select(&["model.safetensors"])
+            .unwrap_err()
+            .to_string()
+            .contains("no config.json")
+    );
+    let message = select(&["config.json", "a.Q4.gguf"])
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("hf:o/n/a.Q4.gguf"), "{message}");
 }
 
@@ -111,9 +181,16 @@ impl FakeHub {
                     "/o/n/resolve/main/model.safetensors" => Some(WEIGHT_BYTES),
                     _ => None,
                 };
-                let tag = if path.contains("safetensors") { etag.as_str() } else { "c0nf" };
+                let tag = if path.contains("safetensors") {
+                    etag.as_str()
+                } else {
+                    "c0nf"
+                };
                 let answer = match body {
-                    None => b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_vec(),
+                    None => {
+                        b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                            .to_vec()
+                    }
                     Some(body) => {
                         let part = &body[from..];
                         let mut a = format!(
@@ -137,7 +214,11 @@ impl FakeHub {
             println!("skipped: a proxy is set, and this test talks to this machine");
             return None;
         }
-        Some(Hub { endpoint: self.endpoint.clone(), cache: Some(cache.to_owned()), ..Hub::from_vars(|_| None) })
+        Some(Hub {
+            endpoint: self.endpoint.clone(),
+            cache: Some(cache.to_owned()),
+            ..Hub::from_vars(|_| None)
+        })
     }
 }
 
@@ -152,7 +233,9 @@ fn a_model_is_fetched_found_again_and_an_interrupted_file_continued() {
     let tmp = tempfile::tempdir().unwrap();
     let hash = sha256(WEIGHT_BYTES);
     let server = FakeHub::start(hash.clone());
-    let Some(hub) = server.hub(tmp.path()) else { return };
+    let Some(hub) = server.hub(tmp.path()) else {
+        return;
+    };
     let model = HubRef::parse("o/n").unwrap();
     assert_eq!(hub.cached(&model), None);
 
@@ -162,22 +245,41 @@ fn a_model_is_fetched_found_again_and_an_interrupted_file_continued() {
     std::fs::write(blobs.join(format!("{hash}.part")), &WEIGHT_BYTES[..10]).unwrap();
 
     let folder = hub.fetch(&model, &Silent).unwrap();
-    assert_eq!(std::fs::read(folder.join("model.safetensors")).unwrap(), WEIGHT_BYTES);
+    assert_eq!(
+        std::fs::read(folder.join("model.safetensors")).unwrap(),
+        WEIGHT_BYTES
+    );
     assert_eq!(hub.cached(&model), Some(folder.clone()));
     let requests = server.requests.lock().unwrap().clone();
-    assert!(requests.iter().any(|r| r.ends_with("model.safetensors 10-")), "continued: {requests:?}");
+    assert!(
+        requests
+            .iter()
+            .any(|r| r.ends_with("model.safetensors 10-")),
+        "continued: {requests:?}"
+    );
 
-    let one = HubRef { file: Some("config.json".into()), ..model };
-    assert_eq!(hub.fetch(&one, &Silent).unwrap(), folder.join("config.json"));
+    let one = HubRef {
+        file: Some("config.json".into()),
+        ..model
+    };
+    assert_eq!(
+        hub.fetch(&one, &Silent).unwrap(),
+        folder.join("config.json")
+    );
 }
 
 #[test]
 fn a_damaged_file_is_not_kept() {
     let tmp = tempfile::tempdir().unwrap();
     let server = FakeHub::start("ab".repeat(32));
-    let Some(hub) = server.hub(tmp.path()) else { return };
+    let Some(hub) = server.hub(tmp.path()) else {
+        return;
+    };
     let model = HubRef::parse("o/n").unwrap();
-    assert!(matches!(hub.fetch(&model, &Silent), Err(Error::Hash { .. })));
+    assert!(matches!(
+        hub.fetch(&model, &Silent),
+        Err(Error::Hash { .. })
+    ));
     assert_eq!(hub.cached(&model), None);
 }
 
@@ -185,18 +287,48 @@ fn a_damaged_file_is_not_kept() {
 fn refusals_are_told_apart() {
     let tmp = tempfile::tempdir().unwrap();
     let server = FakeHub::start("ab".repeat(32));
-    let Some(hub) = server.hub(tmp.path()) else { return };
-    let message = |text: &str| hub.fetch(&HubRef::parse(text).unwrap(), &Silent).unwrap_err().to_string();
-    assert!(message("o/other").contains("no such repository"), "{}", message("o/other"));
+    let Some(hub) = server.hub(tmp.path()) else {
+        return;
+    };
+    let message = |text: &str| {
+        hub.fetch(&HubRef::parse(text).unwrap(), &Silent)
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(
+        message("o/other").contains("no such repository"),
+        "{}",
+        message("o/other")
+    );
     assert!(message("o/n/absent.gguf").contains("holds no absent.gguf"));
 
     // A pinned file that the hub describes as another costs no download.
-    let pin = Pinned { path: "x", sha256: HASH, bytes: 21 };
+    let pin = Pinned {
+        path: "x",
+        sha256: HASH,
+        bytes: 21,
+    };
     let target = tmp.path().join("x");
     let model = HubRef::parse("o/n").unwrap();
-    let error = hub.fetch_pinned(&model, "model.safetensors", &pin, &target, tmp.path(), &Silent).unwrap_err();
+    let error = hub
+        .fetch_pinned(
+            &model,
+            "model.safetensors",
+            &pin,
+            &target,
+            tmp.path(),
+            &Silent,
+        )
+        .unwrap_err();
     assert!(matches!(error, Error::Hash { .. }), "{error:?}");
-    assert!(!server.requests.lock().unwrap().iter().any(|r| r.contains("resolve")));
+    assert!(
+        !server
+            .requests
+            .lock()
+            .unwrap()
+            .iter()
+            .any(|r| r.contains("resolve"))
+    );
 }
 
 const HASH: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
@@ -214,10 +346,16 @@ fn silence_and_refusal_end_soon() {
     };
     let model = HubRef::parse("o/n").unwrap();
     let start = Instant::now();
-    assert!(matches!(hub.fetch(&model, &Silent), Err(Error::Network { .. })));
+    assert!(matches!(
+        hub.fetch(&model, &Silent),
+        Err(Error::Network { .. })
+    ));
     drop(listener);
     let message = hub.fetch(&model, &Silent).unwrap_err().to_string();
-    assert!(message.contains("cannot be reached") && message.contains("SEQUOR_MODELS"), "{message}");
+    assert!(
+        message.contains("cannot be reached") && message.contains("SEQUOR_MODELS"),
+        "{message}"
+    );
     hub.endpoint = "nonsense".into();
     assert!(matches!(hub.fetch(&model, &Silent), Err(Error::Config(_))));
     assert!(start.elapsed() < Duration::from_secs(5));

@@ -49,7 +49,9 @@ pub(super) fn tensor(
             workers.push(worker.map_err(|e| failed(&e.to_string()))?);
         }
         for worker in workers {
-            worker.join().map_err(|_| failed("a thread ended early"))??;
+            worker
+                .join()
+                .map_err(|_| failed("a thread ended early"))??;
         }
         Ok::<(), Error>(())
     })?;
@@ -57,7 +59,10 @@ pub(super) fn tensor(
 }
 
 fn failed(message: &str) -> Error {
-    Error::Backend { op: "dequantisation".to_owned(), message: message.to_owned() }
+    Error::Backend {
+        op: "dequantisation".to_owned(),
+        message: message.to_owned(),
+    }
 }
 
 /// Expands `bytes` into the flat tensor `out`, chunk by chunk.
@@ -76,7 +81,8 @@ fn fill(
         if !expand(dtype, bytes, values) {
             return Err(failed("not a quantised dtype"));
         }
-        let values = bridge::from_slice(values, &[len as i64]).map_err(|e| failed(&e.to_string()))?;
+        let values =
+            bridge::from_slice(values, &[len as i64]).map_err(|e| failed(&e.to_string()))?;
         out.f_narrow(0, at, len as i64)?.f_copy_(&values)?;
         at += len as i64;
     }
@@ -184,7 +190,10 @@ fn scale_and_min(packed: &[u8], j: usize) -> (f32, f32) {
         (packed[j] & 63, packed[j + 4] & 63)
     } else {
         let low = packed[j + 4];
-        ((low & 15) | ((packed[j - 4] >> 6) << 4), (low >> 4) | ((packed[j] >> 6) << 4))
+        (
+            (low & 15) | ((packed[j - 4] >> 6) << 4),
+            (low >> 4) | ((packed[j] >> 6) << 4),
+        )
     };
     (f32::from(scale), f32::from(min))
 }
@@ -195,7 +204,11 @@ fn scale_and_min(packed: &[u8], j: usize) -> (f32, f32) {
 fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     let (packed, nibbles) = block[4..].split_at(12);
-    for (g, (bytes, out)) in nibbles.chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
+    for (g, (bytes, out)) in nibbles
+        .chunks_exact(32)
+        .zip(out.chunks_exact_mut(64))
+        .enumerate()
+    {
         let (s0, m0) = scale_and_min(packed, 2 * g);
         let (s1, m1) = scale_and_min(packed, 2 * g + 1);
         let (d0, m0, d1, m1) = (d * s0, dmin * m0, d * s1, dmin * m1);
@@ -214,7 +227,11 @@ fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     let (packed, rest) = block[4..].split_at(12);
     let (fifth, nibbles) = rest.split_at(32);
-    for (g, (bytes, out)) in nibbles.chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
+    for (g, (bytes, out)) in nibbles
+        .chunks_exact(32)
+        .zip(out.chunks_exact_mut(64))
+        .enumerate()
+    {
         let (s0, m0) = scale_and_min(packed, 2 * g);
         let (s1, m1) = scale_and_min(packed, 2 * g + 1);
         let (d0, m0, d1, m1) = (d * s0, dmin * m0, d * s1, dmin * m1);
@@ -237,7 +254,10 @@ fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
     let (pairs, rest) = rest.split_at(64);
     let (scales, _) = rest.split_at(16);
     let d = half_at(block, 208);
-    let halves = lows.chunks_exact(64).zip(pairs.chunks_exact(32)).zip(scales.chunks_exact(8));
+    let halves = lows
+        .chunks_exact(64)
+        .zip(pairs.chunks_exact(32))
+        .zip(scales.chunks_exact(8));
     for (((lows, pairs), scales), out) in halves.zip(out.chunks_exact_mut(128)) {
         for (run, out) in out.chunks_exact_mut(32).enumerate() {
             let nibbles = &lows[32 * (run % 2)..][..32];

@@ -64,14 +64,22 @@ impl Gguf {
     }
 
     pub(super) fn new(path: PathBuf, data: Data, limits: &Limits) -> Result<Self> {
-        let parse::Header { metadata: values, tensors } =
-            parse::parse(&path, data.bytes(), limits)?;
+        let parse::Header {
+            metadata: values,
+            tensors,
+        } = parse::parse(&path, data.bytes(), limits)?;
         let texts = values
             .iter()
             .filter(|(_, value)| value.as_array().is_none())
             .map(|(key, value)| (key.clone(), value.to_string()))
             .collect();
-        Ok(Self { path, data, values, texts, tensors })
+        Ok(Self {
+            path,
+            data,
+            values,
+            texts,
+            tensors,
+        })
     }
 
     /// All metadata, typed.
@@ -91,9 +99,14 @@ impl Gguf {
     /// # Errors
     /// The file does not say.
     pub fn architecture(&self) -> Result<&str> {
-        self.value("general.architecture").and_then(GgufValue::as_str).ok_or_else(|| {
-            Error::weights(&self.path, "general.architecture is missing; not a model file")
-        })
+        self.value("general.architecture")
+            .and_then(GgufValue::as_str)
+            .ok_or_else(|| {
+                Error::weights(
+                    &self.path,
+                    "general.architecture is missing; not a model file",
+                )
+            })
     }
 
     /// A value under the architecture's own prefix: `block_count` reads
@@ -117,7 +130,9 @@ impl Gguf {
     }
 
     fn entry(&self, name: &str) -> Result<&parse::Entry> {
-        self.tensors.get(name).ok_or_else(|| absent(&self.path, name))
+        self.tensors
+            .get(name)
+            .ok_or_else(|| absent(&self.path, name))
     }
 }
 

@@ -27,16 +27,24 @@ pub fn hugging_face_names(gguf: Gguf) -> Result<Renamed<Gguf>> {
     };
     let count = |key: &str| {
         let value = gguf.model_value(key);
-        value.map(|v| v.as_i64().ok_or_else(|| {
-            Error::weights(gguf.path(), format!("metadata '{key}' is {v}, expected a number"))
-        }))
+        value.map(|v| {
+            v.as_i64().ok_or_else(|| {
+                Error::weights(
+                    gguf.path(),
+                    format!("metadata '{key}' is {v}, expected a number"),
+                )
+            })
+        })
     };
     let (heads, kv_heads) = if permuted {
         let heads = count("attention.head_count").ok_or_else(|| {
             Error::weights(gguf.path(), "metadata 'attention.head_count' is missing")
         })??;
         // Absent when every query head has its own key head.
-        (heads, count("attention.head_count_kv").unwrap_or(Ok(heads))?)
+        (
+            heads,
+            count("attention.head_count_kv").unwrap_or(Ok(heads))?,
+        )
     } else {
         (0, 0)
     };

@@ -10,9 +10,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use super::super::source::{
-    Limits, SourceDtype, check_name, check_shape, stored_bytes,
-};
+use super::super::source::{Limits, SourceDtype, check_name, check_shape, stored_bytes};
 use super::value::{GgufArray, GgufValue};
 use crate::error::{Error, Result};
 
@@ -41,7 +39,10 @@ pub(super) struct Entry {
 pub(super) fn parse(path: &Path, file: &[u8], limits: &Limits) -> Result<Header> {
     let mut r = Reader::new(path, file, limits);
     if r.take(4, "the magic number")? != b"GGUF" {
-        return Err(Error::weights(path, "does not start with 'GGUF'; not a GGUF file"));
+        return Err(Error::weights(
+            path,
+            "does not start with 'GGUF'; not a GGUF file",
+        ));
     }
     let version = r.u32("the version")?;
     if version.swap_bytes() <= 3 && version > 3 {
@@ -60,7 +61,10 @@ pub(super) fn parse(path: &Path, file: &[u8], limits: &Limits) -> Result<Header>
     let tensor_count = r.u64("the tensor count")?;
     let entry_count = r.u64("the metadata count")?;
     let too_many = |what: &str, n: u64, max: u64| {
-        Error::Limits(format!("{}: {n} {what}, at most {max} are allowed", path.display()))
+        Error::Limits(format!(
+            "{}: {n} {what}, at most {max} are allowed",
+            path.display()
+        ))
     };
     if tensor_count > limits.max_tensors as u64 {
         return Err(too_many("tensors", tensor_count, limits.max_tensors as u64));
@@ -75,7 +79,10 @@ pub(super) fn parse(path: &Path, file: &[u8], limits: &Limits) -> Result<Header>
         check_name(path, &key)?;
         let value = r.value(&key)?;
         if metadata.contains_key(&key) {
-            return Err(Error::weights(path, format!("metadata '{key}' occurs twice")));
+            return Err(Error::weights(
+                path,
+                format!("metadata '{key}' occurs twice"),
+            ));
         }
         metadata.insert(key, value);
     }
@@ -125,7 +132,13 @@ fn place(
 ) -> Result<BTreeMap<String, Entry>> {
     let mut tensors = BTreeMap::new();
     let mut spans: Vec<(u64, u64, String)> = Vec::new();
-    for RawTensor { name, mut dims, dtype, offset } in raw {
+    for RawTensor {
+        name,
+        mut dims,
+        dtype,
+        offset,
+    } in raw
+    {
         check_name(path, &name)?;
         let bad = |what: String| Error::weights(path, format!("tensor '{name}': {what}"));
         let row = dims.first().copied().unwrap_or(1);
@@ -142,9 +155,13 @@ fn place(
                 .ok_or_else(|| bad(format!("the size of shape {shape:?} overflows")))?,
         };
         if offset % alignment != 0 {
-            return Err(bad(format!("offset {offset} is not a multiple of {alignment}")));
+            return Err(bad(format!(
+                "offset {offset} is not a multiple of {alignment}"
+            )));
         }
-        let end = data_start.checked_add(offset).and_then(|at| at.checked_add(bytes));
+        let end = data_start
+            .checked_add(offset)
+            .and_then(|at| at.checked_add(bytes));
         let Some(end) = end.filter(|&end| end <= file_len) else {
             return Err(bad(format!(
                 "{bytes} bytes at offset {offset} end beyond the {file_len} bytes of the file; \
@@ -158,9 +175,19 @@ fn place(
             spans.push((begin, end, name.clone()));
         }
         if tensors.contains_key(&name) {
-            return Err(Error::weights(path, format!("tensor '{name}' occurs twice")));
+            return Err(Error::weights(
+                path,
+                format!("tensor '{name}' occurs twice"),
+            ));
         }
-        tensors.insert(name, Entry { shape, dtype, range });
+        tensors.insert(
+            name,
+            Entry {
+                shape,
+                dtype,
+                range,
+            },
+        );
     }
     spans.sort();
     for (before, after) in spans.iter().zip(spans.iter().skip(1)) {
@@ -187,7 +214,13 @@ struct Reader<'a> {
 impl<'a> Reader<'a> {
     fn new(path: &'a Path, bytes: &'a [u8], limits: &'a Limits) -> Self {
         let max = usize::try_from(limits.max_header_bytes).unwrap_or(usize::MAX);
-        Self { path, limits, bytes, pos: 0, end: bytes.len().min(max) }
+        Self {
+            path,
+            limits,
+            bytes,
+            pos: 0,
+            end: bytes.len().min(max),
+        }
     }
 
     fn bad(&self, what: impl Into<String>) -> Error {
@@ -329,7 +362,12 @@ impl<'a> Reader<'a> {
         decode: fn([u8; N]) -> T,
     ) -> Result<Vec<T>> {
         let bytes = self.take(n.saturating_mul(N), what)?;
-        Ok(bytes.as_chunks::<N>().0.iter().map(|&b| decode(b)).collect())
+        Ok(bytes
+            .as_chunks::<N>()
+            .0
+            .iter()
+            .map(|&b| decode(b))
+            .collect())
     }
 
     fn tensor(&mut self) -> Result<RawTensor> {
@@ -337,7 +375,9 @@ impl<'a> Reader<'a> {
         let what = format!("tensor '{name}'");
         let rank = self.u32(&what)?;
         if rank > MAX_DIMS {
-            return Err(self.bad(format!("{what}: {rank} dimensions, ggml has at most {MAX_DIMS}")));
+            return Err(self.bad(format!(
+                "{what}: {rank} dimensions, ggml has at most {MAX_DIMS}"
+            )));
         }
         let mut dims = Vec::new();
         for _ in 0..rank {
@@ -345,7 +385,12 @@ impl<'a> Reader<'a> {
         }
         let dtype = dtype_from_number(self.u32(&what)?);
         let offset = self.u64(&what)?;
-        Ok(RawTensor { name, dims, dtype, offset })
+        Ok(RawTensor {
+            name,
+            dims,
+            dtype,
+            offset,
+        })
     }
 }
 

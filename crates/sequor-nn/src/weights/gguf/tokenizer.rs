@@ -85,9 +85,14 @@ impl Fields<'_> {
         expected: &str,
         read: impl FnOnce(&GgufValue) -> Option<T>,
     ) -> Result<Option<T>> {
-        let Some(value) = self.gguf.value(key) else { return Ok(None) };
+        let Some(value) = self.gguf.value(key) else {
+            return Ok(None);
+        };
         read(value).map(Some).ok_or_else(|| {
-            Error::weights(self.gguf.path(), format!("{key} is {value}, expected {expected}"))
+            Error::weights(
+                self.gguf.path(),
+                format!("{key} is {value}, expected {expected}"),
+            )
         })
     }
 
@@ -100,12 +105,17 @@ impl Fields<'_> {
     }
 
     fn texts(&self, key: &str) -> Result<Option<Vec<String>>> {
-        self.get(key, "a list of texts", |v| v.as_array()?.as_strings().map(<[String]>::to_vec))
+        self.get(key, "a list of texts", |v| {
+            v.as_array()?.as_strings().map(<[String]>::to_vec)
+        })
     }
 
     fn scores(&self, key: &str, n: usize) -> Result<Option<Vec<f32>>> {
         self.get(key, &format!("{n} floats"), |v| {
-            v.as_array()?.as_f32s().filter(|v| v.len() == n).map(<[f32]>::to_vec)
+            v.as_array()?
+                .as_f32s()
+                .filter(|v| v.len() == n)
+                .map(<[f32]>::to_vec)
         })
     }
 
@@ -119,7 +129,9 @@ impl Fields<'_> {
 
     fn id(&self, key: &str, n: usize) -> Result<Option<u32>> {
         self.get(key, &format!("a token id below {n}"), |v| {
-            v.as_u64().filter(|&id| id < n as u64).and_then(|id| id.try_into().ok())
+            v.as_u64()
+                .filter(|&id| id < n as u64)
+                .and_then(|id| id.try_into().ok())
         })
     }
 }
