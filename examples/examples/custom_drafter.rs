@@ -29,7 +29,10 @@ impl Drafter for LastSuccessor {
         self.seen = ctx.tokens.len().saturating_sub(1);
         let mut chain = Vec::new();
         let mut last = ctx.tokens.last().copied();
-        while let Some(&next) = last.and_then(|t| self.successor.get(&t)).filter(|_| chain.len() < budget.depth) {
+        while let Some(&next) = last
+            .and_then(|t| self.successor.get(&t))
+            .filter(|_| chain.len() < budget.depth)
+        {
             chain.push(next);
             last = Some(next);
         }
@@ -53,7 +56,9 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     println!("{}", pipeline.tokenizer().decode(&drafted.tokens, true)?);
     println!("{}", drafted.report);
     if plain.tokens != drafted.tokens {
-        return Err(Box::new(Error::Backend("the drafter changed the text".into())));
+        return Err(Box::new(Error::Backend(
+            "the drafter changed the text".into(),
+        )));
     }
     println!("the same text as plain decoding");
     Ok(())

@@ -15,6 +15,11 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+/// The snippets of the repository's README, compiled with the documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;
+
 /// Outputs of a case by name.
 pub type Outputs = BTreeMap<String, Tensor>;
 
@@ -30,7 +35,10 @@ pub fn supported(case: &Value) -> bool {
 fn is_decoder(class: &str) -> bool {
     let config = serde_json::json!({ "architectures": [class] });
     // An unknown architecture is refused before any field is looked at.
-    !matches!(sequor_backbone::DecoderConfig::from_json(&config), Err(sequor_nn::Error::Unsupported(_)))
+    !matches!(
+        sequor_backbone::DecoderConfig::from_json(&config),
+        Err(sequor_nn::Error::Unsupported(_))
+    )
 }
 
 /// Reads `case.json` of a case folder.
@@ -38,7 +46,9 @@ fn is_decoder(class: &str) -> bool {
 /// # Errors
 /// When the file is absent or damaged.
 pub fn read_case(dir: &Path) -> Result<Value> {
-    Ok(sequor_backbone::causal_lm::read_json(&dir.join("case.json"))?)
+    Ok(sequor_backbone::causal_lm::read_json(
+        &dir.join("case.json"),
+    )?)
 }
 
 /// Computes the outputs of a case.
@@ -66,7 +76,14 @@ pub fn run(dir: &Path) -> Result<Outputs> {
 /// When it cannot be read.
 pub fn load_all(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let file = Safetensors::open(path)?;
-    file.names().into_iter().map(|n| Ok((n.clone(), file.load(&n)?))).collect()
+    file.names()
+        .into_iter()
+        .map(|n| Ok((n.clone(), file.load(&n)?)))
+        .collect()
+}
+
+fn numbers(t: &Tensor) -> Result<Vec<f64>> {
+    Ok(sequor_kernels::bridge::to_vec(&t.f_to_kind(Kind::Double)?)?)
 }
 
 /// Compares outputs with expected ones: integers equal, floats within
@@ -76,7 +93,10 @@ pub fn load_all(path: &Path) -> Result<BTreeMap<String, Tensor>> {
 /// When a file cannot be read.
 pub fn compare(dir: &Path, outputs: &Outputs) -> Result<Vec<String>> {
     let case = read_case(dir)?;
-    let (atol, rtol) = (case["atol"].as_f64().unwrap_or(0.0), case["rtol"].as_f64().unwrap_or(0.0));
+    let (atol, rtol) = (
+        case["atol"].as_f64().unwrap_or(0.0),
+        case["rtol"].as_f64().unwrap_or(0.0),
+    );
     let mut problems = Vec::new();
     for (name, expected) in load_all(&dir.join("expected.safetensors"))? {
         let Some(found) = outputs.get(&name) else {
@@ -84,16 +104,27 @@ pub fn compare(dir: &Path, outputs: &Outputs) -> Result<Vec<String>> {
             continue;
         };
         if found.size() != expected.size() {
-            problems.push(format!("{name}: shape {:?}, expected {:?}", found.size(), expected.size()));
+            problems.push(format!(
+                "{name}: shape {:?}, expected {:?}",
+                found.size(),
+                expected.size()
+            ));
             continue;
         }
-        let (found, wanted) = (found.to_kind(Kind::Double), expected.to_kind(Kind::Double));
+        let (found, wanted) = (numbers(found)?, numbers(&expected)?);
         let exact = !expected.is_floating_point();
-        let difference = (found - &wanted).abs();
-        let allowed = if exact { wanted.zeros_like() } else { wanted.abs() * rtol + atol };
-        let excess = (&difference - allowed).max();
-        if expected.numel() > 0 && !(excess.double_value(&[]) <= 0.0) {
-            problems.push(format!("{name}: differs by up to {:.3e}", difference.max().double_value(&[])));
+        let differences = found.iter().zip(&wanted).map(|(a, b)| (a - b).abs());
+        let allowed = |b: &f64| if exact { 0.0 } else { atol + rtol * b.abs() };
+        // Written so that NaN is a difference, too.
+        let agree = differences
+            .clone()
+            .zip(&wanted)
+            .all(|(d, b)| d <= allowed(b));
+        if !agree {
+            problems.push(format!(
+                "{name}: differs by up to {:.3e}",
+                differences.fold(0.0, f64::max)
+            ));
         }
     }
     Ok(problems)
@@ -105,8 +136,15 @@ pub fn case_folders() -> Vec<PathBuf> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut found = Vec::new();
     for root in [here.join("parity"), here.join("../../shared/parity")] {
-        let Ok(entries) = std::fs::read_dir(root) else { continue };
-        found.extend(entries.flatten().map(|e| e.path()).filter(|p| p.join("case.json").is_file()));
+        let Ok(entries) = std::fs::read_dir(root) else {
+            continue;
+        };
+        found.extend(
+            entries
+                .flatten()
+                .map(|e| e.path())
+                .filter(|p| p.join("case.json").is_file()),
+        );
     }
     found.sort();
     found

@@ -25,7 +25,8 @@ fn main() -> ExitCode {
 
 fn run(case: &Path, out: &Path) -> sequor_tests::Result<usize> {
     let outputs = sequor_tests::run(case)?;
-    let list: Vec<(&str, &sequor_nn::Tensor)> = outputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let list: Vec<(&str, &sequor_nn::Tensor)> =
+        outputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
     sequor_nn::weights::write_safetensors(out, &list, &Default::default())?;
     Ok(list.len())
 }

@@ -1,9 +1,9 @@
 //! Damaged and lying model folders: an error that names the file, never a panic.
 
+use sequor_backbone::CausalLm;
 use sequor_nn::device::DType;
 use sequor_nn::weights::{self, write_safetensors};
 use sequor_nn::{Device, Error, Kind, Tensor};
-use sequor_backbone::CausalLm;
 use std::path::Path;
 
 fn copy_case(to: &Path) {
@@ -24,9 +24,14 @@ fn every_prefix_of_a_weight_file_is_an_error() {
     let path = dir.path().join("model.safetensors");
     let whole = std::fs::read(&path).unwrap();
     load(dir.path()).unwrap();
-    for n in (0..whole.len()).step_by(whole.len() / 97 + 1).chain([8, 9, whole.len() - 1]) {
+    for n in (0..whole.len())
+        .step_by(whole.len() / 97 + 1)
+        .chain([8, 9, whole.len() - 1])
+    {
         std::fs::write(&path, &whole[..n]).unwrap();
-        let e = load(dir.path()).err().unwrap_or_else(|| panic!("a prefix of {n} bytes loaded"));
+        let e = load(dir.path())
+            .err()
+            .unwrap_or_else(|| panic!("a prefix of {n} bytes loaded"));
         assert!(e.to_string().contains("model.safetensors"), "{e}");
     }
 }
@@ -54,14 +59,20 @@ fn lying_configs_are_refused_before_anything_is_allocated() {
     let with = |from: &str, to: &str| {
         assert!(text.contains(from), "{from}");
         std::fs::write(&config, text.replace(from, to)).unwrap();
-        load(dir.path()).err().unwrap_or_else(|| panic!("{to} was accepted")).to_string()
+        load(dir.path())
+            .err()
+            .unwrap_or_else(|| panic!("{to} was accepted"))
+            .to_string()
     };
     assert!(with("\"hidden_size\": 64", "\"hidden_size\": 1048576").contains("another shape"));
     assert!(with("\"hidden_size\": 64", "\"hidden_size\": 9e18").contains("hidden_size"));
     assert!(with("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 4000").contains("missing"));
     assert!(with("\"vocab_size\": 256", "\"vocab_size\": 0").contains("vocab_size"));
     assert!(with("LlamaForCausalLM", "EvilForCausalLM").contains("EvilForCausalLM"));
-    assert!(with("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3").contains("key/value heads"));
+    assert!(
+        with("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3")
+            .contains("key/value heads")
+    );
     assert!(with("{", "").contains("config.json"));
     for n in (0..text.len()).step_by(41) {
         std::fs::write(&config, &text[..n]).unwrap();
@@ -77,11 +88,18 @@ fn one_report_names_all_that_does_not_fit() {
     let mut tensors = sequor_tests::load_all(&path).unwrap();
     let norm = tensors.remove("model.norm.weight").unwrap();
     tensors.insert("model.nrom.weight".into(), norm);
-    tensors.insert("lm_head.weight".into(), Tensor::f_zeros([3, 3], (Kind::Float, Device::Cpu)).unwrap());
+    tensors.insert(
+        "lm_head.weight".into(),
+        Tensor::f_zeros([3, 3], (Kind::Float, Device::Cpu)).unwrap(),
+    );
     let list: Vec<(&str, &Tensor)> = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect();
     write_safetensors(&path, &list, &Default::default()).unwrap();
     let e = load(dir.path()).unwrap_err().to_string();
-    for word in ["missing: model.norm.weight (nearest in the file: model.nrom.weight)", "unexpected: model.nrom.weight", "lm_head.weight is [3, 3]"] {
+    for word in [
+        "missing: model.norm.weight (nearest in the file: model.nrom.weight)",
+        "unexpected: model.nrom.weight",
+        "lm_head.weight is [3, 3]",
+    ] {
         assert!(e.contains(word), "{word} is not in: {e}");
     }
 }
@@ -92,8 +110,15 @@ fn shards_that_are_absent_or_elsewhere_are_named() {
     copy_case(dir.path());
     std::fs::remove_file(dir.path().join("model.safetensors")).unwrap();
     let index = dir.path().join("model.safetensors.index.json");
-    for (shard, word) in [("model-00001-of-00002.safetensors", "model-00001-of-00002"), ("../../etc/passwd", "passwd")] {
-        std::fs::write(&index, format!("{{\"metadata\":{{}},\"weight_map\":{{\"model.norm.weight\":\"{shard}\"}}}}")).unwrap();
+    for (shard, word) in [
+        ("model-00001-of-00002.safetensors", "model-00001-of-00002"),
+        ("../../etc/passwd", "passwd"),
+    ] {
+        std::fs::write(
+            &index,
+            format!("{{\"metadata\":{{}},\"weight_map\":{{\"model.norm.weight\":\"{shard}\"}}}}"),
+        )
+        .unwrap();
         let e = load(dir.path()).unwrap_err().to_string();
         assert!(e.contains(word), "{e}");
     }
@@ -107,7 +132,10 @@ fn a_sharded_bf16_checkpoint_loads() {
     let tensors = sequor_tests::load_all(&path).unwrap();
     std::fs::remove_file(&path).unwrap();
     let mut map = serde_json::Map::new();
-    let halves: Vec<(String, Tensor)> = tensors.into_iter().map(|(n, t)| (n, t.to_kind(Kind::BFloat16))).collect();
+    let halves: Vec<(String, Tensor)> = tensors
+        .into_iter()
+        .map(|(n, t)| (n, t.to_kind(Kind::BFloat16)))
+        .collect();
     for (i, half) in halves.chunks(halves.len() / 2 + 1).enumerate() {
         let name = format!("model-0000{}-of-00002.safetensors", i + 1);
         let list: Vec<(&str, &Tensor)> = half.iter().map(|(n, t)| (n.as_str(), t)).collect();
@@ -115,8 +143,15 @@ fn a_sharded_bf16_checkpoint_loads() {
         map.extend(half.iter().map(|(n, _)| (n.clone(), name.clone().into())));
     }
     let index = serde_json::json!({"metadata": {"total_size": 0}, "weight_map": map});
-    std::fs::write(dir.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
-    assert_eq!(weights::open(dir.path()).unwrap().names().len(), halves.len());
+    std::fs::write(
+        dir.path().join("model.safetensors.index.json"),
+        index.to_string(),
+    )
+    .unwrap();
+    assert_eq!(
+        weights::open(dir.path()).unwrap().names().len(),
+        halves.len()
+    );
     load(dir.path()).unwrap();
 }
 
@@ -124,6 +159,13 @@ fn a_sharded_bf16_checkpoint_loads() {
 fn output_that_cannot_be_written_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let t = Tensor::f_zeros([2], (Kind::Float, Device::Cpu)).unwrap();
-    assert!(write_safetensors(&dir.path().join("no/such/folder.safetensors"), &[("a", &t)], &Default::default()).is_err());
+    assert!(
+        write_safetensors(
+            &dir.path().join("no/such/folder.safetensors"),
+            &[("a", &t)],
+            &Default::default()
+        )
+        .is_err()
+    );
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }

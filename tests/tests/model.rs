@@ -17,7 +17,10 @@ pub fn smollm2() -> Option<PathBuf> {
 }
 
 fn pipeline(dtype: DType) -> Option<TextPipeline> {
-    let options = LoadOptions { dtype, ..LoadOptions::default() };
+    let options = LoadOptions {
+        dtype,
+        ..LoadOptions::default()
+    };
     Some(TextPipeline::load(&smollm2()?, &options).unwrap())
 }
 
@@ -25,43 +28,83 @@ fn pipeline(dtype: DType) -> Option<TextPipeline> {
 fn it_knows_the_capital_of_france_in_every_number_format() {
     for dtype in [DType::F32, DType::F16, DType::Bf16] {
         let Some(p) = pipeline(dtype) else { return };
-        let prompt = p.chat_prompt(&[Message::user("What is the capital of France?")]).unwrap();
-        let g = p.stream_tokens(&prompt, &TextOptions::greedy(16)).unwrap().collect_all().unwrap();
+        let prompt = p
+            .chat_prompt(&[Message::user("What is the capital of France?")])
+            .unwrap();
+        let g = p
+            .stream_tokens(&prompt, &TextOptions::greedy(16))
+            .unwrap()
+            .collect_all()
+            .unwrap();
         assert_eq!(g.text, "The capital of France is Paris.", "{dtype}");
     }
 }
 
 #[test]
 fn lookup_gives_the_same_text_with_fewer_calls() {
-    let Some(p) = pipeline(DType::F32) else { return };
+    let Some(p) = pipeline(DType::F32) else {
+        return;
+    };
     let text = "Repeat word by word: the old mill stands by the river, and the river runs past the old mill to the sea.";
     let prompt = p.chat_prompt(&[Message::user(text)]).unwrap();
     let run = |speculate, depth| {
-        let options = TextOptions { speculate, depth, ..TextOptions::greedy(40) };
-        p.stream_tokens(&prompt, &options).unwrap().collect_all().unwrap()
+        let options = TextOptions {
+            speculate,
+            depth,
+            ..TextOptions::greedy(40)
+        };
+        p.stream_tokens(&prompt, &options)
+            .unwrap()
+            .collect_all()
+            .unwrap()
     };
     let plain = run(Speculate::Off, Depth::Adaptive);
     let lookup = run(Speculate::PromptLookup, Depth::Fixed(6));
     assert_eq!(lookup.tokens, plain.tokens);
-    assert!(lookup.report.accepted > 0 && lookup.report.tokens_per_call() > 1.2, "{}", lookup.report);
+    assert!(
+        lookup.report.accepted > 0 && lookup.report.tokens_per_call() > 1.2,
+        "{}",
+        lookup.report
+    );
 }
 
 #[test]
 fn pieces_of_the_stream_make_the_text_and_seeds_repeat() {
-    let Some(p) = pipeline(DType::F32) else { return };
+    let Some(p) = pipeline(DType::F32) else {
+        return;
+    };
     let options = TextOptions::sampling(24, 0.9, 17);
-    let pieces: String = p.stream("Une fête à Genève, 東京 🎉:", &options).unwrap().map(Result::unwrap).collect();
+    let pieces: String = p
+        .stream("Une fête à Genève, 東京 🎉:", &options)
+        .unwrap()
+        .map(Result::unwrap)
+        .collect();
     let whole = p.generate("Une fête à Genève, 東京 🎉:", &options).unwrap();
     assert_eq!(pieces, whole.text);
-    let other = p.generate("Une fête à Genève, 東京 🎉:", &TextOptions { seed: 18, ..options }).unwrap();
+    let other = p
+        .generate(
+            "Une fête à Genève, 東京 🎉:",
+            &TextOptions {
+                seed: 18,
+                ..options
+            },
+        )
+        .unwrap();
     assert_ne!(other.tokens, whole.tokens);
 }
 
 #[test]
 fn the_tokenizer_in_the_file_gives_the_published_ids() {
-    let Some(p) = pipeline(DType::F32) else { return };
+    let Some(p) = pipeline(DType::F32) else {
+        return;
+    };
     let ids = |text: &str| p.tokenizer().encode(text, false).unwrap();
-    for text in ["Hello, world!", "a  b\n\n\tc 1234567", "naïve café — 東京 🎉👩‍🚀", "<|im_start|>user\nhi<|im_end|>\n"] {
+    for text in [
+        "Hello, world!",
+        "a  b\n\n\tc 1234567",
+        "naïve café — 東京 🎉👩‍🚀",
+        "<|im_start|>user\nhi<|im_end|>\n",
+    ] {
         assert_eq!(p.tokenizer().decode(&ids(text), false).unwrap(), text);
     }
     assert_eq!(ids("<|im_start|>").len(), 1);

@@ -16,9 +16,15 @@ fn supported_cases_agree_and_the_rest_are_listed() {
             Err(e) => failures.push(format!("{}: {e}", dir.display())),
         }
     }
-    println!("{passed} reference cases pass; not supported yet: {}", open.join(", "));
+    println!(
+        "{passed} reference cases pass; not supported yet: {}",
+        open.join(", ")
+    );
     assert!(failures.is_empty(), "\n{}", failures.join("\n"));
-    assert!(passed >= 8, "the repository's own cases under tests/parity are missing");
+    assert!(
+        passed >= 8,
+        "the repository's own cases under tests/parity are missing"
+    );
 }
 
 #[test]
@@ -29,5 +35,8 @@ fn a_wrong_output_is_noticed() {
     *logits = &*logits + 0.01;
     assert_eq!(sequor_tests::compare(&dir, &outputs).unwrap().len(), 1);
     outputs.clear();
-    assert_eq!(sequor_tests::compare(&dir, &outputs).unwrap(), ["logits: missing"]);
+    assert_eq!(
+        sequor_tests::compare(&dir, &outputs).unwrap(),
+        ["logits: missing"]
+    );
 }

@@ -36,12 +36,18 @@ threads = 1
 "#;
 
 fn write_recipe(dir: &Path) {
-    let words = ["the", "a", "dog", "cat", "bird", "sees", "hears", "follows", "and", "then"];
+    let words = [
+        "the", "a", "dog", "cat", "bird", "sees", "hears", "follows", "and", "then",
+    ];
     let mut state = 7u32;
     let text: String = (0..4000)
         .map(|i| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            format!("{}{}", words[(state >> 16) as usize % words.len()], if i % 9 == 8 { ".\n" } else { " " })
+            format!(
+                "{}{}",
+                words[(state >> 16) as usize % words.len()],
+                if i % 9 == 8 { ".\n" } else { " " }
+            )
         })
         .collect();
     std::fs::write(dir.join("text.txt"), text).unwrap();
@@ -50,7 +56,11 @@ fn write_recipe(dir: &Path) {
 
 fn train(dir: &Path, out: &str) -> std::process::Command {
     let mut c = sequor();
-    c.args(["train", "lm"]).arg(dir.join("recipe.toml")).arg("--out").arg(dir.join(out)).args(["--offline", "--save-every", "0"]);
+    c.args(["train", "lm"])
+        .arg(dir.join("recipe.toml"))
+        .arg("--out")
+        .arg(dir.join(out))
+        .args(["--offline", "--save-every", "0"]);
     c.stdout(Stdio::null()).stderr(Stdio::null());
     c
 }
@@ -72,7 +82,11 @@ fn log(dir: &Path) -> Vec<Value> {
 fn killed_again_and_again_it_ends_in_the_same_bits() {
     let dir = tempfile::tempdir().unwrap();
     write_recipe(dir.path());
-    let o = train(dir.path(), "whole").stdout(Stdio::piped()).stderr(Stdio::piped()).output().unwrap();
+    let o = train(dir.path(), "whole")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
     assert!(o.status.success(), "{}", stderr(&o));
     let mut kills = 0;
     // Delays that fall on different parts of a step, checkpoints included.
@@ -86,17 +100,35 @@ fn killed_again_and_again_it_ends_in_the_same_bits() {
         child.wait().unwrap();
         kills += 1;
     }
-    let o = train(dir.path(), "killed").stdout(Stdio::piped()).stderr(Stdio::piped()).output().unwrap();
+    let o = train(dir.path(), "killed")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
     assert!(o.status.success(), "{}", stderr(&o));
     assert!(kills > 0, "the run was over before it could be killed");
     let read = |out: &str, file: &str| std::fs::read(dir.path().join(out).join(file)).unwrap();
-    assert!(read("whole", "model.safetensors") == read("killed", "model.safetensors"), "other weights after {kills} kills");
-    assert_eq!(log(&dir.path().join("whole")), log(&dir.path().join("killed")));
+    assert!(
+        read("whole", "model.safetensors") == read("killed", "model.safetensors"),
+        "other weights after {kills} kills"
+    );
+    assert_eq!(
+        log(&dir.path().join("whole")),
+        log(&dir.path().join("killed"))
+    );
     assert!(!dir.path().join("killed/.checkpoints").exists());
 
     // What was trained can be used.
     let o = sequor()
-        .args(["generate", "text", "the dog", "--max-new-tokens", "8", "--json", "--model"])
+        .args([
+            "generate",
+            "text",
+            "the dog",
+            "--max-new-tokens",
+            "8",
+            "--json",
+            "--model",
+        ])
         .arg(dir.path().join("killed"))
         .output()
         .unwrap();
@@ -111,16 +143,35 @@ fn recipes_that_cannot_be_meant_are_refused() {
     let path = dir.path().join("recipe.toml");
     for (from, to, word) in [
         ("steps = 150", "steps = 0", "steps"),
-        ("learning_rate = 0.01", "learning_rate = -1.0", "learning_rate"),
+        (
+            "learning_rate = 0.01",
+            "learning_rate = -1.0",
+            "learning rate",
+        ),
         ("dropout = 0.1", "dropout = 1.5", "dropout"),
         ("[train]", "[train]\nspeed = 9", "speed"),
-        ("source = \"text.txt\"", "source = \"nowhere.txt\"", "nowhere"),
-        ("num_attention_heads = 4", "num_attention_heads = 5", "heads"),
+        (
+            "source = \"text.txt\"",
+            "source = \"nowhere.txt\"",
+            "nowhere",
+        ),
+        (
+            "num_attention_heads = 4",
+            "num_attention_heads = 5",
+            "heads",
+        ),
         ("[model]", "[model", "recipe.toml"),
     ] {
         std::fs::write(&path, RECIPE.replace(from, to)).unwrap();
-        let o = train(dir.path(), "out").stderr(Stdio::piped()).output().unwrap();
-        assert!(matches!(o.status.code(), Some(1 | 2)), "{to}: {:?}", o.status);
+        let o = train(dir.path(), "out")
+            .stderr(Stdio::piped())
+            .output()
+            .unwrap();
+        assert!(
+            matches!(o.status.code(), Some(1 | 2)),
+            "{to}: {:?}",
+            o.status
+        );
         assert!(stderr(&o).contains(word), "{to}: {}", stderr(&o));
         assert!(!dir.path().join("out/model.safetensors").exists());
     }

@@ -29,7 +29,11 @@ pub struct CausalLm {
 /// # Errors
 /// When there is no config, it is damaged, or it names an unknown architecture.
 pub fn read_config(path: &Path) -> Result<DecoderConfig> {
-    let config = if is_gguf(path)? { gguf::config(&Gguf::open(path)?) } else { DecoderConfig::from_json(&read_json(&path.join("config.json"))?) };
+    let config = if is_gguf(path)? {
+        gguf::config(&Gguf::open(path)?)
+    } else {
+        DecoderConfig::from_json(&read_json(&path.join("config.json"))?)
+    };
     // Say which file is meant.
     config.map_err(|e| match e {
         Error::Config(what) => Error::Config(format!("{}: {what}", path.display())),
@@ -48,10 +52,15 @@ pub fn read_json(path: &Path) -> Result<serde_json::Value> {
         return Err(Error::weights(path, "is not a regular file"));
     }
     if meta.len() > 64 << 20 {
-        return Err(Error::Limits(format!("{}: a JSON file of {} MB is not read", path.display(), meta.len() >> 20)));
+        return Err(Error::Limits(format!(
+            "{}: a JSON file of {} MB is not read",
+            path.display(),
+            meta.len() >> 20
+        )));
     }
     let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::weights(path, format!("is not valid JSON: {e}")))
+    serde_json::from_slice(&bytes)
+        .map_err(|e| Error::weights(path, format!("is not valid JSON: {e}")))
 }
 
 fn is_gguf(path: &Path) -> Result<bool> {
@@ -60,13 +69,19 @@ fn is_gguf(path: &Path) -> Result<bool> {
         return Ok(false);
     }
     if !meta.is_file() {
-        return Err(Error::weights(path, "is neither a model folder nor a GGUF file"));
+        return Err(Error::weights(
+            path,
+            "is neither a model folder nor a GGUF file",
+        ));
     }
     let mut magic = [0u8; 4];
     let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
     match std::io::Read::read_exact(&mut file, &mut magic) {
         Ok(()) if &magic == b"GGUF" => Ok(true),
-        _ => Err(Error::weights(path, "is not a GGUF file; give a model folder (with config.json) or a .gguf file")),
+        _ => Err(Error::weights(
+            path,
+            "is not a GGUF file; give a model folder (with config.json) or a .gguf file",
+        )),
     }
 }
 
@@ -93,7 +108,13 @@ impl CausalLm {
     /// Wraps a network that is already there.
     pub fn new(decoder: Decoder, source: &Path, dtype: DType) -> Self {
         let context = decoder.config().context;
-        Self { decoder, source: source.to_path_buf(), dtype, context, cost: RefCell::new(None) }
+        Self {
+            decoder,
+            source: source.to_path_buf(),
+            dtype,
+            context,
+            cost: RefCell::new(None),
+        }
     }
 
     /// The network.
@@ -125,27 +146,50 @@ impl CausalLm {
         if let Some(curve) = self.cost.borrow().as_ref() {
             return Ok(curve.clone());
         }
-        let shape = KvShape { max_len: self.context.min(512), ..self.kv_shape() };
+        let shape = KvShape {
+            max_len: self.context.min(512),
+            ..self.kv_shape()
+        };
         let mut state = KvCache::new(shape, 1)?;
         // Some context, so that attention is there to be paid for.
         let warm = vec![0u32; (self.context / 2).min(128)];
         let run = |state: &mut KvCache, tokens: &[u32], keep: bool| -> Result<()> {
-            let step = Step { slot: 0, tokens, layout: Layout::Chain, logits: LogitRows::All, features: false };
+            let step = Step {
+                slot: 0,
+                tokens,
+                layout: Layout::Chain,
+                logits: LogitRows::All,
+                features: false,
+            };
             self.run(&[step], state)?;
-            if keep { state.commit(0, &(0..tokens.len()).collect::<Vec<_>>()) } else { state.discard(0) }
+            if keep {
+                state.commit(0, &(0..tokens.len()).collect::<Vec<_>>())
+            } else {
+                state.discard(0)
+            }
         };
         run(&mut state, &warm, true)?;
         let most = (self.context - warm.len()).min(16);
-        let rows: Vec<usize> = [1, 2, 3, 4, 6, 8, 12, 16].into_iter().filter(|&r| r <= most).collect();
+        let rows: Vec<usize> = [1, 2, 3, 4, 6, 8, 12, 16]
+            .into_iter()
+            .filter(|&r| r <= most)
+            .collect();
         let tokens = vec![0u32; most];
-        let curve = sequor_kernels::cost::measure(&rows, 5, |n| run(&mut state, &tokens[..n], false))?;
+        let curve =
+            sequor_kernels::cost::measure(&rows, 5, |n| run(&mut state, &tokens[..n], false))?;
         *self.cost.borrow_mut() = Some(curve.clone());
         Ok(curve)
     }
 
     fn kv_shape(&self) -> KvShape {
         let c = self.config();
-        KvShape { layers: c.layers, kv_heads: c.kv_heads, head_dim: c.head_dim, max_len: self.context, device: self.decoder.device() }
+        KvShape {
+            layers: c.layers,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            max_len: self.context,
+            device: self.decoder.device(),
+        }
     }
 
     fn run(&self, steps: &[Step<'_>], state: &mut KvCache) -> Result<Vec<Output>> {
@@ -155,20 +199,31 @@ impl CausalLm {
         let mut ids: Vec<i64> = Vec::new();
         for (i, step) in steps.iter().enumerate() {
             if steps[..i].iter().any(|s| s.slot == step.slot) {
-                return Err(Error::Input(format!("slot {} appears twice in one forward", step.slot)));
+                return Err(Error::Input(format!(
+                    "slot {} appears twice in one forward",
+                    step.slot
+                )));
             }
             if let Some(bad) = step.tokens.iter().find(|&&t| i64::from(t) >= vocab) {
-                return Err(Error::Input(format!("token id {bad} lies outside the vocabulary of {vocab}")));
+                return Err(Error::Input(format!(
+                    "token id {bad} lies outside the vocabulary of {vocab}"
+                )));
             }
             let chain: Vec<Option<usize>>;
             let parents = match step.layout {
                 Layout::Chain => {
-                    chain = (0..step.tokens.len()).map(|i: usize| i.checked_sub(1)).collect();
+                    chain = (0..step.tokens.len())
+                        .map(|i: usize| i.checked_sub(1))
+                        .collect();
                     &chain[..]
                 }
                 Layout::Tree(parents) if parents.len() == step.tokens.len() => parents,
                 Layout::Tree(parents) => {
-                    return Err(Error::Input(format!("{} parents for {} tokens", parents.len(), step.tokens.len())));
+                    return Err(Error::Input(format!(
+                        "{} parents for {} tokens",
+                        parents.len(),
+                        step.tokens.len()
+                    )));
                 }
             };
             positions.extend(state.begin(step.slot, parents)?);
@@ -178,8 +233,17 @@ impl CausalLm {
             return Err(Error::Input("a forward needs at least one token".into()));
         }
         let slots: Vec<usize> = steps.iter().map(|s| s.slot).collect();
-        let ids = Tensor::from_slice(&ids).f_to_device(self.decoder.device())?;
-        let hidden = self.decoder.forward(&Input::Ids(&ids), &positions, &mut Cached::new(state, &slots), 0.0, &[])?.last;
+        let ids = Tensor::f_from_slice(&ids)?.f_to_device(self.decoder.device())?;
+        let hidden = self
+            .decoder
+            .forward(
+                &Input::Ids(&ids),
+                &positions,
+                &mut Cached::new(state, &slots),
+                0.0,
+                &[],
+            )?
+            .last;
         self.outputs(steps, &hidden)
     }
 
@@ -200,8 +264,16 @@ impl CausalLm {
         let mut rows: Vec<f32> = Vec::new();
         if !wanted.is_empty() {
             let all = wanted.len() as i64 == start;
-            let chosen = if all { hidden.shallow_clone() } else { hidden.f_index_select(0, &Tensor::from_slice(&wanted).f_to_device(hidden.device())?)? };
-            rows = sequor_kernels::bridge::to_vec(&self.decoder.logits(&chosen)?).map_err(|e| Error::Input(e.to_string()))?;
+            let chosen = if all {
+                hidden.shallow_clone()
+            } else {
+                hidden.f_index_select(
+                    0,
+                    &Tensor::f_from_slice(&wanted)?.f_to_device(hidden.device())?,
+                )?
+            };
+            rows = sequor_kernels::bridge::to_vec(&self.decoder.logits(&chosen)?)
+                .map_err(|e| Error::Input(e.to_string()))?;
         }
         let (mut outputs, mut taken, mut start) = (Vec::with_capacity(steps.len()), 0, 0i64);
         for step in steps {
@@ -211,8 +283,16 @@ impl CausalLm {
                 LogitRows::Last => n.min(1),
                 LogitRows::All => n,
             } * vocab;
-            let features = if step.features { Some(hidden.f_narrow(0, start, n as i64)?) } else { None };
-            let data = if count == rows.len() { std::mem::take(&mut rows) } else { rows[taken..taken + count].to_vec() };
+            let features = if step.features {
+                Some(hidden.f_narrow(0, start, n as i64)?)
+            } else {
+                None
+            };
+            let data = if count == rows.len() {
+                std::mem::take(&mut rows)
+            } else {
+                rows[taken..taken + count].to_vec()
+            };
             let logits = Logits::new(data, vocab).map_err(|e| Error::Input(e.to_string()))?;
             outputs.push(Output { logits, features });
             taken += count;
@@ -237,7 +317,11 @@ impl TargetModel for CausalLm {
         Ok(KvCache::new(self.kv_shape(), slots)?)
     }
 
-    fn forward(&self, steps: &[Step<'_>], state: &mut KvCache) -> sequor_sampling::Result<Vec<Output>> {
+    fn forward(
+        &self,
+        steps: &[Step<'_>],
+        state: &mut KvCache,
+    ) -> sequor_sampling::Result<Vec<Output>> {
         let outputs = self.run(steps, state);
         if outputs.is_err() {
             // A failed forward leaves nothing pending behind.

@@ -46,7 +46,10 @@ const FAMILIES: [(Family, &str, &str); 8] = [
 impl Family {
     /// The name used in `architectures`.
     pub fn architecture(self) -> &'static str {
-        FAMILIES.iter().find(|(f, ..)| *f == self).map_or("", |(_, a, _)| a)
+        FAMILIES
+            .iter()
+            .find(|(f, ..)| *f == self)
+            .map_or("", |(_, a, _)| a)
     }
 }
 
@@ -153,15 +156,20 @@ impl Reader<'_> {
     }
 
     fn int(&self, key: &str, max: i64) -> Result<Option<i64>> {
-        let Some(v) = self.get(key) else { return Ok(None) };
+        let Some(v) = self.get(key) else {
+            return Ok(None);
+        };
         match v.as_i64() {
             Some(n) if (1..=max).contains(&n) => Ok(Some(n)),
-            _ => Err(Error::Config(format!("{key} must be a whole number from 1 to {max}, not {v}"))),
+            _ => Err(Error::Config(format!(
+                "{key} must be a whole number from 1 to {max}, not {v}"
+            ))),
         }
     }
 
     fn need(&self, key: &str, max: i64) -> Result<i64> {
-        self.int(key, max)?.ok_or_else(|| Error::Config(format!("{key} is missing")))
+        self.int(key, max)?
+            .ok_or_else(|| Error::Config(format!("{key} is missing")))
     }
 
     fn float(&self, key: &str, default: f64) -> Result<f64> {
@@ -176,13 +184,19 @@ impl Reader<'_> {
 
     fn positive(&self, key: &str, default: f64) -> Result<f64> {
         let x = self.float(key, default)?;
-        if x > 0.0 { Ok(x) } else { Err(Error::Config(format!("{key} must be positive, not {x}"))) }
+        if x > 0.0 {
+            Ok(x)
+        } else {
+            Err(Error::Config(format!("{key} must be positive, not {x}")))
+        }
     }
 
     fn flag(&self, key: &str, default: bool) -> Result<bool> {
         match self.get(key) {
             None => Ok(default),
-            Some(v) => v.as_bool().ok_or_else(|| Error::Config(format!("{key} must be true or false, not {v}"))),
+            Some(v) => v
+                .as_bool()
+                .ok_or_else(|| Error::Config(format!("{key} must be true or false, not {v}"))),
         }
     }
 
@@ -204,8 +218,16 @@ impl Reader<'_> {
     }
 
     fn numbers(&self, key: &str) -> Result<Vec<f64>> {
-        let list = self.get(key).and_then(Value::as_array).ok_or_else(|| Error::Config(format!("{key} must be a list of numbers")))?;
-        list.iter().map(|v| v.as_f64().ok_or_else(|| Error::Config(format!("{key} must hold numbers, not {v}")))).collect()
+        let list = self
+            .get(key)
+            .and_then(Value::as_array)
+            .ok_or_else(|| Error::Config(format!("{key} must be a list of numbers")))?;
+        list.iter()
+            .map(|v| {
+                v.as_f64()
+                    .ok_or_else(|| Error::Config(format!("{key} must hold numbers, not {v}")))
+            })
+            .collect()
     }
 }
 
@@ -224,7 +246,9 @@ impl DecoderConfig {
     /// [`Error::Unsupported`] for an architecture that is not a decoder of a known family;
     /// [`Error::Config`] naming the field that is missing or out of range.
     pub fn from_json(json: &Value) -> Result<Self> {
-        let map = json.as_object().ok_or_else(|| Error::Config("the config is not a JSON object".into()))?;
+        let map = json
+            .as_object()
+            .ok_or_else(|| Error::Config("the config is not a JSON object".into()))?;
         let r = Reader(map);
         let family = family(&r)?;
         let mut c = match family {
@@ -245,26 +269,49 @@ impl DecoderConfig {
 }
 
 fn family(r: &Reader<'_>) -> Result<Family> {
-    let architecture = r.get("architectures").and_then(|v| v.get(0)).and_then(Value::as_str);
+    let architecture = r
+        .get("architectures")
+        .and_then(|v| v.get(0))
+        .and_then(Value::as_str);
     let model_type = r.text("model_type");
-    let by_architecture = architecture.and_then(|a| FAMILIES.iter().find(|(_, name, _)| *name == a));
-    let by_type = model_type.filter(|_| architecture.is_none()).and_then(|t| FAMILIES.iter().find(|(.., name)| *name == t));
-    by_architecture.or(by_type).map(|(f, ..)| *f).ok_or_else(|| {
-        let known: Vec<&str> = FAMILIES.iter().map(|(_, a, _)| *a).collect();
-        let found = architecture.or(model_type).unwrap_or("no architectures and no model_type");
-        Error::Unsupported(format!("architecture '{found}' (known decoders: {})", known.join(", ")))
-    })
+    let by_architecture =
+        architecture.and_then(|a| FAMILIES.iter().find(|(_, name, _)| *name == a));
+    let by_type = model_type
+        .filter(|_| architecture.is_none())
+        .and_then(|t| FAMILIES.iter().find(|(.., name)| *name == t));
+    by_architecture
+        .or(by_type)
+        .map(|(f, ..)| *f)
+        .ok_or_else(|| {
+            let known: Vec<&str> = FAMILIES.iter().map(|(_, a, _)| *a).collect();
+            let found = architecture
+                .or(model_type)
+                .unwrap_or("no architectures and no model_type");
+            Error::Unsupported(format!(
+                "architecture '{found}' (known decoders: {})",
+                known.join(", ")
+            ))
+        })
 }
 
 fn divide(dim: i64, heads: i64) -> Result<i64> {
-    if dim % heads == 0 { Ok(dim / heads) } else { Err(Error::Config(format!("a width of {dim} does not divide into {heads} heads"))) }
+    if dim % heads == 0 {
+        Ok(dim / heads)
+    } else {
+        Err(Error::Config(format!(
+            "a width of {dim} does not divide into {heads} heads"
+        )))
+    }
 }
 
 fn gpt2(r: &Reader<'_>) -> Result<DecoderConfig> {
     let dim = r.need("n_embd", limit::WIDTH)?;
     let heads = r.need("n_head", limit::WIDTH)?;
     let layers = r.need("n_layer", limit::LAYERS)?;
-    let rows = r.int("n_positions", limit::CONTEXT)?.or(r.int("n_ctx", limit::CONTEXT)?).unwrap_or(1024);
+    let rows = r
+        .int("n_positions", limit::CONTEXT)?
+        .or(r.int("n_ctx", limit::CONTEXT)?)
+        .unwrap_or(1024);
     Ok(DecoderConfig {
         family: Family::Gpt2,
         vocab_size: r.need("vocab_size", limit::VOCAB)?,
@@ -303,11 +350,15 @@ fn opt(r: &Reader<'_>) -> Result<DecoderConfig> {
     let dim = r.need("hidden_size", limit::WIDTH)?;
     let heads = r.need("num_attention_heads", limit::WIDTH)?;
     let layers = r.need("num_hidden_layers", limit::LAYERS)?;
-    let context = r.int("max_position_embeddings", limit::CONTEXT)?.unwrap_or(2048);
+    let context = r
+        .int("max_position_embeddings", limit::CONTEXT)?
+        .unwrap_or(2048);
     let pre = r.flag("do_layer_norm_before", true)?;
     let bias = r.flag("enable_bias", true)?;
     if !r.flag("layer_norm_elementwise_affine", true)? {
-        return Err(Error::Unsupported("OPT without scales in its norms (layer_norm_elementwise_affine = false)".into()));
+        return Err(Error::Unsupported(
+            "OPT without scales in its norms (layer_norm_elementwise_affine = false)".into(),
+        ));
     }
     Ok(DecoderConfig {
         family: Family::Opt,
@@ -320,7 +371,10 @@ fn opt(r: &Reader<'_>) -> Result<DecoderConfig> {
         head_dim: divide(dim, heads)?,
         hidden: r.need("ffn_dim", limit::WIDTH)?,
         context: context as usize,
-        positions: PositionKind::Learned { rows: context + 2, offset: 2 },
+        positions: PositionKind::Learned {
+            rows: context + 2,
+            offset: 2,
+        },
         norm: NormKind::Layer,
         eps: 1e-5,
         placement: if pre { Placement::Pre } else { Placement::Post },
@@ -348,13 +402,19 @@ fn llama(r: &Reader<'_>, family: Family) -> Result<DecoderConfig> {
     let dim = r.need("hidden_size", limit::WIDTH)?;
     let heads = r.need("num_attention_heads", limit::WIDTH)?;
     let layers = r.need("num_hidden_layers", limit::LAYERS)? as usize;
-    let kv_default = if matches!(family, Mistral | Mixtral) { 8 } else { heads };
+    let kv_default = if matches!(family, Mistral | Mixtral) {
+        8
+    } else {
+        heads
+    };
     let head_dim = match r.int("head_dim", limit::WIDTH)? {
         Some(d) => d,
         None if family == Qwen3 => 128,
         None => divide(dim, heads)?,
     };
-    let context = r.int("max_position_embeddings", limit::CONTEXT)?.unwrap_or(2048);
+    let context = r
+        .int("max_position_embeddings", limit::CONTEXT)?
+        .unwrap_or(2048);
     let attention_bias = r.flag("attention_bias", false)?;
     let hidden = r.need("intermediate_size", limit::WIDTH)?;
     let moe = match family {
@@ -366,7 +426,10 @@ fn llama(r: &Reader<'_>, family: Family) -> Result<DecoderConfig> {
             layers: vec![true; layers],
         }),
         Qwen3Moe => {
-            let experts = r.int("num_experts", 4096)?.or(r.int("num_local_experts", 4096)?).unwrap_or(128) as usize;
+            let experts = r
+                .int("num_experts", 4096)?
+                .or(r.int("num_local_experts", 4096)?)
+                .unwrap_or(128) as usize;
             let step = r.int("decoder_sparse_step", limit::LAYERS)?.unwrap_or(1) as usize;
             let dense = r.ids("mlp_only_layers")?;
             Some(MoeConfig {
@@ -374,7 +437,9 @@ fn llama(r: &Reader<'_>, family: Family) -> Result<DecoderConfig> {
                 top_k: r.int("num_experts_per_tok", 4096)?.unwrap_or(8) as usize,
                 hidden: r.int("moe_intermediate_size", limit::WIDTH)?.unwrap_or(768),
                 renormalise: r.flag("norm_topk_prob", false)?,
-                layers: (0..layers).map(|i| (i + 1) % step == 0 && !dense.contains(&(i as u32))).collect(),
+                layers: (0..layers)
+                    .map(|i| (i + 1) % step == 0 && !dense.contains(&(i as u32)))
+                    .collect(),
             })
         }
         _ => None,
@@ -387,7 +452,9 @@ fn llama(r: &Reader<'_>, family: Family) -> Result<DecoderConfig> {
         embed_dim: dim,
         layers,
         heads,
-        kv_heads: r.int("num_key_value_heads", limit::WIDTH)?.unwrap_or(kv_default),
+        kv_heads: r
+            .int("num_key_value_heads", limit::WIDTH)?
+            .unwrap_or(kv_default),
         head_dim,
         hidden,
         context: context as usize,
@@ -420,27 +487,43 @@ fn windows(r: &Reader<'_>, family: Family, layers: usize) -> Result<Vec<Option<i
         // Absent means the publisher's default, an explicit null means none.
         Family::Mistral if !r.0.contains_key("sliding_window") => Some(4096),
         Family::Mistral | Family::Mixtral => r.int("sliding_window", limit::CONTEXT)?,
-        Family::Qwen2 | Family::Qwen3 | Family::Qwen3Moe if r.flag("use_sliding_window", false)? => {
+        Family::Qwen2 | Family::Qwen3 | Family::Qwen3Moe
+            if r.flag("use_sliding_window", false)? =>
+        {
             Some(r.int("sliding_window", limit::CONTEXT)?.unwrap_or(4096))
         }
         _ => None,
     };
-    if let Some(types) = r.get("layer_types").and_then(Value::as_array).filter(|_| family != Family::Llama) {
+    if let Some(types) = r
+        .get("layer_types")
+        .and_then(Value::as_array)
+        .filter(|_| family != Family::Llama)
+    {
         if types.len() != layers {
-            return Err(Error::Config(format!("layer_types lists {} layers of {layers}", types.len())));
+            return Err(Error::Config(format!(
+                "layer_types lists {} layers of {layers}",
+                types.len()
+            )));
         }
         let one = |v: &Value| match v.as_str() {
             Some("full_attention") => Ok(None),
             Some("sliding_attention") => match r.int("sliding_window", limit::CONTEXT)? {
                 Some(w) => Ok(Some(w)),
-                None => Err(Error::Config("layer_types has sliding_attention but sliding_window is missing".into())),
+                None => Err(Error::Config(
+                    "layer_types has sliding_attention but sliding_window is missing".into(),
+                )),
             },
-            _ => Err(Error::Unsupported(format!("layer type {v} (known: full_attention, sliding_attention)"))),
+            _ => Err(Error::Unsupported(format!(
+                "layer type {v} (known: full_attention, sliding_attention)"
+            ))),
         };
         return types.iter().map(one).collect();
     }
     let from = match family {
-        Family::Qwen2 | Family::Qwen3 => r.get("max_window_layers").and_then(Value::as_u64).unwrap_or(28) as usize,
+        Family::Qwen2 | Family::Qwen3 => r
+            .get("max_window_layers")
+            .and_then(Value::as_u64)
+            .unwrap_or(28) as usize,
         _ => 0,
     };
     Ok((0..layers).map(|i| size.filter(|_| i >= from)).collect())
@@ -451,39 +534,77 @@ fn windows(r: &Reader<'_>, family: Family, layers: usize) -> Result<Vec<Option<i
 fn rope(r: &Reader<'_>, head_dim: i64, theta_default: f64, context: i64) -> Result<Rope> {
     let empty = Map::new();
     let object = |key: &str| r.get(key).and_then(Value::as_object);
-    let nested = Reader(object("rope_parameters").or(object("rope_scaling")).unwrap_or(&empty));
+    let nested = Reader(
+        object("rope_parameters")
+            .or(object("rope_scaling"))
+            .unwrap_or(&empty),
+    );
     let theta = nested.positive("rope_theta", r.positive("rope_theta", theta_default)?)?;
-    let partial = nested.positive("partial_rotary_factor", r.positive("partial_rotary_factor", 1.0)?)?;
+    let partial = nested.positive(
+        "partial_rotary_factor",
+        r.positive("partial_rotary_factor", 1.0)?,
+    )?;
     let dim = (head_dim as f64 * partial) as usize;
-    let kind = nested.text("rope_type").or(nested.text("type")).unwrap_or("default");
+    let kind = nested
+        .text("rope_type")
+        .or(nested.text("type"))
+        .unwrap_or("default");
     let context = context as f64;
     // Where the trained context is told: inside, beside, or not at all.
     let original_given = match nested.float("original_max_position_embeddings", 0.0)? {
         0.0 => r.float("original_max_position_embeddings", 0.0)?,
         x => x,
     };
-    let original = if original_given > 0.0 { original_given } else { context };
+    let original = if original_given > 0.0 {
+        original_given
+    } else {
+        context
+    };
     let factor = |default: Option<f64>| match (nested.get("factor"), default) {
-        (None, None) => Err(Error::Config(format!("rope scaling '{kind}' needs a factor"))),
+        (None, None) => Err(Error::Config(format!(
+            "rope scaling '{kind}' needs a factor"
+        ))),
         (None, Some(d)) => Ok(d),
         _ => nested.positive("factor", 1.0),
     };
     let attention_factor = |default: f64| nested.positive("attention_factor", default);
     let scaling = match kind {
         "default" => Scaling::None,
-        "linear" => Scaling::Linear { factor: factor(None)? },
-        "dynamic" => Scaling::Dynamic { factor: factor(None)?, original },
+        "linear" => Scaling::Linear {
+            factor: factor(None)?,
+        },
+        "dynamic" => Scaling::Dynamic {
+            factor: factor(None)?,
+            original,
+        },
         "llama3" => Scaling::Llama3 {
             factor: factor(None)?,
             low: nested.positive("low_freq_factor", 1.0)?,
             high: nested.positive("high_freq_factor", 4.0)?,
-            original: if original_given > 0.0 { original_given } else { 8192.0 },
+            original: if original_given > 0.0 {
+                original_given
+            } else {
+                8192.0
+            },
         },
         "yarn" => {
             let factor = factor(Some(context / original))?;
-            let magnitude = |m: f64| if factor > 1.0 { 0.1 * m * factor.ln() + 1.0 } else { 1.0 };
-            let (m, all) = (nested.float("mscale", 0.0)?, nested.float("mscale_all_dim", 0.0)?);
-            let default = if m != 0.0 && all != 0.0 { magnitude(m) / magnitude(all) } else { magnitude(1.0) };
+            let magnitude = |m: f64| {
+                if factor > 1.0 {
+                    0.1 * m * factor.ln() + 1.0
+                } else {
+                    1.0
+                }
+            };
+            let (m, all) = (
+                nested.float("mscale", 0.0)?,
+                nested.float("mscale_all_dim", 0.0)?,
+            );
+            let default = if m != 0.0 && all != 0.0 {
+                magnitude(m) / magnitude(all)
+            } else {
+                magnitude(1.0)
+            };
             Scaling::Yarn {
                 factor,
                 original,
@@ -495,7 +616,11 @@ fn rope(r: &Reader<'_>, head_dim: i64, theta_default: f64, context: i64) -> Resu
         }
         "longrope" | "su" => {
             let factor = factor(Some(context / original))?;
-            let default = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
+            let default = if factor <= 1.0 {
+                1.0
+            } else {
+                (1.0 + factor.ln() / original.ln()).sqrt()
+            };
             Scaling::LongRope {
                 short: nested.numbers("short_factor")?,
                 long: nested.numbers("long_factor")?,
@@ -505,7 +630,9 @@ fn rope(r: &Reader<'_>, head_dim: i64, theta_default: f64, context: i64) -> Resu
         }
         _ => {
             let known = "default, linear, dynamic, llama3, yarn, longrope";
-            return Err(Error::Unsupported(format!("rope scaling '{kind}' (known: {known})")));
+            return Err(Error::Unsupported(format!(
+                "rope scaling '{kind}' (known: {known})"
+            )));
         }
     };
     Rope::new(dim, theta, Pairing::Halves, scaling)
@@ -532,10 +659,15 @@ mod tests {
     #[test]
     fn publisher_defaults_apply() {
         let c = with(json!({})).unwrap();
-        assert_eq!((c.kv_heads, c.head_dim, c.tied, c.eps), (4, 16, false, 1e-6));
-        let c = with(json!({"architectures": ["MistralForCausalLM"], "num_key_value_heads": 2})).unwrap();
+        assert_eq!(
+            (c.kv_heads, c.head_dim, c.tied, c.eps),
+            (4, 16, false, 1e-6)
+        );
+        let c = with(json!({"architectures": ["MistralForCausalLM"], "num_key_value_heads": 2}))
+            .unwrap();
         assert_eq!(c.windows, [Some(4096); 3]);
-        let c = with(json!({"architectures": ["MistralForCausalLM"], "sliding_window": null})).unwrap();
+        let c =
+            with(json!({"architectures": ["MistralForCausalLM"], "sliding_window": null})).unwrap();
         assert_eq!(c.windows, [None; 3]);
         let c = with(json!({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": true, "sliding_window": 8, "max_window_layers": 2})).unwrap();
         assert_eq!(c.windows, [None, None, Some(8)]);
@@ -547,8 +679,13 @@ mod tests {
 
     #[test]
     fn both_forms_of_rope_options_are_read() {
-        let old = with(json!({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}})).unwrap();
-        let new = with(json!({"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}})).unwrap();
+        let old =
+            with(json!({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}))
+                .unwrap();
+        let new = with(
+            json!({"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}),
+        )
+        .unwrap();
         let f = |c: DecoderConfig| match c.positions {
             PositionKind::Rotary(r) => r.frequencies(1.0),
             PositionKind::Learned { .. } => Vec::new(),
@@ -565,7 +702,12 @@ mod tests {
         assert!(message(json!({"architectures": ["FooForCausalLM"]})).contains("FooForCausalLM"));
         assert!(message(json!({"hidden_size": 65})).contains("does not divide"));
         assert!(message(json!({"rope_scaling": {"type": "spiral"}})).contains("spiral"));
-        assert!(message(json!({"layer_types": ["full_attention"], "architectures": ["Qwen2ForCausalLM"]})).contains("layer_types"));
+        assert!(
+            message(
+                json!({"layer_types": ["full_attention"], "architectures": ["Qwen2ForCausalLM"]})
+            )
+            .contains("layer_types")
+        );
         assert!(DecoderConfig::from_json(&json!([])).is_err());
     }
 }

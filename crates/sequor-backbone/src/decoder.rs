@@ -55,23 +55,44 @@ impl Decoder {
         let embed = Embedding::new(&model.pp("embed_tokens"), c.vocab_size, c.embed_dim, init)?;
         let positions = match &c.positions {
             PositionKind::Rotary(_) => None,
-            PositionKind::Learned { rows, offset } => Some((Embedding::new(&model.pp("embed_positions"), *rows, c.dim, init)?, *offset)),
+            PositionKind::Learned { rows, offset } => Some((
+                Embedding::new(&model.pp("embed_positions"), *rows, c.dim, init)?,
+                *offset,
+            )),
         };
         let project = if c.embed_dim == c.dim {
             None
         } else {
             let into = Linear::new(&model.pp("project_in"), c.embed_dim, c.dim, false, init)?;
-            Some((into, Linear::new(&model.pp("project_out"), c.dim, c.embed_dim, false, init)?))
+            Some((
+                into,
+                Linear::new(&model.pp("project_out"), c.dim, c.embed_dim, false, init)?,
+            ))
         };
-        let blocks = (0..c.layers).map(|i| Block::new(&model.pp("layers").pp(i), &block(c, i))).collect::<Result<Vec<_>>>()?;
-        let norm = if c.final_norm { Some(Norm::new(&model.pp("norm"), c.norm, c.dim, c.eps)?) } else { None };
+        let blocks = (0..c.layers)
+            .map(|i| Block::new(&model.pp("layers").pp(i), &block(c, i)))
+            .collect::<Result<Vec<_>>>()?;
+        let norm = if c.final_norm {
+            Some(Norm::new(&model.pp("norm"), c.norm, c.dim, c.eps)?)
+        } else {
+            None
+        };
         let head = if c.tied {
             p.ignore("lm_head.weight"); // some files carry the copy
             embed.tied_head()?
         } else {
             Linear::new(&p.pp("lm_head"), c.embed_dim, c.vocab_size, false, init)?
         };
-        Ok(Self { config: c.clone(), embed, positions, project, blocks, norm, head, device: p.device() })
+        Ok(Self {
+            config: c.clone(),
+            embed,
+            positions,
+            project,
+            blocks,
+            norm,
+            head,
+            device: p.device(),
+        })
     }
 
     /// What it is made of.
@@ -95,7 +116,14 @@ impl Decoder {
     ///
     /// # Errors
     /// When shapes do not fit; the message names the layer.
-    pub fn forward(&self, input: &Input<'_>, positions: &[i64], attend: &mut dyn Attend, dropout: f64, taps: &[usize]) -> Result<Hidden> {
+    pub fn forward(
+        &self,
+        input: &Input<'_>,
+        positions: &[i64],
+        attend: &mut dyn Attend,
+        dropout: f64,
+        taps: &[usize],
+    ) -> Result<Hidden> {
         let mut x = match input {
             Input::Ids(ids) => {
                 let x = self.embed.forward(ids)?;
@@ -108,7 +136,7 @@ impl Decoder {
         };
         if let Some((table, offset)) = &self.positions {
             let ids: Vec<i64> = positions.iter().map(|p| p + offset).collect();
-            x = x.f_add(&table.forward(&Tensor::from_slice(&ids).f_to_device(self.device)?)?)?;
+            x = x.f_add(&table.forward(&Tensor::f_from_slice(&ids)?.f_to_device(self.device)?)?)?;
         }
         if dropout > 0.0 {
             x = x.f_dropout(dropout, true)?;
@@ -120,7 +148,11 @@ impl Decoder {
             }
             PositionKind::Learned { .. } => None,
         };
-        let mut pass = Pass { attend, rope: rope.as_ref(), dropout };
+        let mut pass = Pass {
+            attend,
+            rope: rope.as_ref(),
+            dropout,
+        };
         let mut kept: Vec<Option<Tensor>> = taps.iter().map(|_| None).collect();
         for (layer, block) in self.blocks.iter().enumerate() {
             x = block.forward(&x, layer, &mut pass)?;
@@ -129,7 +161,12 @@ impl Decoder {
             }
         }
         let taps = kept.into_iter().collect::<Option<Vec<_>>>();
-        let taps = taps.ok_or_else(|| Error::Input(format!("a tap lies beyond the {} layers", self.blocks.len())))?;
+        let taps = taps.ok_or_else(|| {
+            Error::Input(format!(
+                "a tap lies beyond the {} layers",
+                self.blocks.len()
+            ))
+        })?;
         let last = match &self.norm {
             Some(norm) => norm.forward(&x)?,
             None => x,
@@ -158,23 +195,44 @@ impl Decoder {
     /// [`Error::Limits`] for a text longer than the context.
     pub fn forward_dense(&self, ids: &Tensor, dropout: f64) -> Result<Tensor> {
         let [batch, time] = ids.size()[..] else {
-            return Err(Error::Input(format!("input_ids must be [batch, time], not {:?}", ids.size())));
+            return Err(Error::Input(format!(
+                "input_ids must be [batch, time], not {:?}",
+                ids.size()
+            )));
         };
         if time as usize > self.config.context {
-            return Err(Error::Limits(format!("a text of {time} tokens is longer than the model's context of {}", self.config.context)));
+            return Err(Error::Limits(format!(
+                "a text of {time} tokens is longer than the model's context of {}",
+                self.config.context
+            )));
         }
         if batch * time == 0 {
-            return Ok(Tensor::f_zeros([batch, time, self.config.vocab_size], (Kind::Float, self.device))?);
+            return Ok(Tensor::f_zeros(
+                [batch, time, self.config.vocab_size],
+                (Kind::Float, self.device),
+            )?);
         }
         let ids = ids.f_to_device(self.device)?.f_to_kind(Kind::Int64)?;
-        let (low, high) = (ids.f_min()?.f_int64_value(&[])?, ids.f_max()?.f_int64_value(&[])?);
+        let (low, high) = (
+            ids.f_min()?.f_int64_value(&[])?,
+            ids.f_max()?.f_int64_value(&[])?,
+        );
         if low < 0 || high >= self.config.vocab_size {
             let bad = if low < 0 { low } else { high };
-            return Err(Error::Input(format!("token id {bad} lies outside the vocabulary of {}", self.config.vocab_size)));
+            return Err(Error::Input(format!(
+                "token id {bad} lies outside the vocabulary of {}",
+                self.config.vocab_size
+            )));
         }
         let positions: Vec<i64> = (0..batch).flat_map(|_| 0..time).collect();
         let mut attend = Dense::new(batch, time, Mask::Causal);
-        let hidden = self.forward(&Input::Ids(&ids.f_reshape([-1])?), &positions, &mut attend, dropout, &[])?;
+        let hidden = self.forward(
+            &Input::Ids(&ids.f_reshape([-1])?),
+            &positions,
+            &mut attend,
+            dropout,
+            &[],
+        )?;
         Ok(self.logits(&hidden.last)?.f_reshape([batch, time, -1])?)
     }
 }
@@ -184,8 +242,20 @@ fn block(c: &DecoderConfig, i: usize) -> BlockConfig {
     let init = Init::Normal(c.init_std);
     // Each of the 2L residual updates adds variance; scaling keeps the sum level (GPT-2).
     let out_init = Init::Normal(c.init_std / (2.0 * c.layers as f64).sqrt());
-    let ffn = |hidden: i64| FfnConfig { dim: c.dim, hidden, activation: c.activation, gated: c.gated, bias: c.mlp_bias, init, out_init };
-    let plain = if c.scale_scores { (c.head_dim as f64).sqrt().recip() } else { 1.0 };
+    let ffn = |hidden: i64| FfnConfig {
+        dim: c.dim,
+        hidden,
+        activation: c.activation,
+        gated: c.gated,
+        bias: c.mlp_bias,
+        init,
+        out_init,
+    };
+    let plain = if c.scale_scores {
+        (c.head_dim as f64).sqrt().recip()
+    } else {
+        1.0
+    };
     BlockConfig {
         attention: AttentionConfig {
             dim: c.dim,
@@ -196,14 +266,21 @@ fn block(c: &DecoderConfig, i: usize) -> BlockConfig {
             out_bias: c.out_bias,
             qk_norm: c.qk_norm.then_some(c.eps),
             window: c.windows.get(i).copied().flatten(),
-            scale: Some(if c.scale_by_layer { plain / (i + 1) as f64 } else { plain }),
+            scale: Some(if c.scale_by_layer {
+                plain / (i + 1) as f64
+            } else {
+                plain
+            }),
             init,
             out_init,
         },
         ffn: match &c.moe {
-            Some(m) if m.layers.get(i) == Some(&true) => {
-                FfnKind::Moe { expert: ffn(m.hidden), experts: m.experts, top_k: m.top_k, renormalise: m.renormalise }
-            }
+            Some(m) if m.layers.get(i) == Some(&true) => FfnKind::Moe {
+                expert: ffn(m.hidden),
+                experts: m.experts,
+                top_k: m.top_k,
+                renormalise: m.renormalise,
+            },
             _ => FfnKind::Mlp(ffn(c.hidden)),
         },
         norm: c.norm,

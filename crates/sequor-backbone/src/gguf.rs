@@ -7,7 +7,11 @@ use sequor_nn::{Error, Result};
 use serde_json::{Map, Value, json};
 
 /// GGUF architectures and the published ones they correspond to.
-const ARCHITECTURES: [(&str, &str); 3] = [("llama", "LlamaForCausalLM"), ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")];
+const ARCHITECTURES: [(&str, &str); 3] = [
+    ("llama", "LlamaForCausalLM"),
+    ("qwen2", "Qwen2ForCausalLM"),
+    ("qwen3", "Qwen3ForCausalLM"),
+];
 
 /// The metadata as a published config.
 ///
@@ -17,10 +21,17 @@ pub fn to_json(file: &Gguf) -> Result<Value> {
     let meta = |key: &str| file.value(key);
     let arch = meta("general.architecture").and_then(|v| v.as_str().map(str::to_owned));
     let arch = arch.ok_or_else(|| Error::Config("general.architecture is missing".into()))?;
-    let architecture = ARCHITECTURES.iter().find(|(a, _)| *a == arch).map(|(_, b)| *b).ok_or_else(|| {
-        let known: Vec<&str> = ARCHITECTURES.iter().map(|(a, _)| *a).collect();
-        Error::Unsupported(format!("GGUF architecture '{arch}' (known: {})", known.join(", ")))
-    })?;
+    let architecture = ARCHITECTURES
+        .iter()
+        .find(|(a, _)| *a == arch)
+        .map(|(_, b)| *b)
+        .ok_or_else(|| {
+            let known: Vec<&str> = ARCHITECTURES.iter().map(|(a, _)| *a).collect();
+            Error::Unsupported(format!(
+                "GGUF architecture '{arch}' (known: {})",
+                known.join(", ")
+            ))
+        })?;
     let mut c = Map::new();
     c.insert("architectures".into(), json!([architecture]));
     let ints = [
@@ -37,25 +48,39 @@ pub fn to_json(file: &Gguf) -> Result<Value> {
             c.insert(to.into(), n.into());
         }
     }
-    let floats = [("attention.layer_norm_rms_epsilon", "rms_norm_eps"), ("rope.freq_base", "rope_theta")];
+    let floats = [
+        ("attention.layer_norm_rms_epsilon", "rms_norm_eps"),
+        ("rope.freq_base", "rope_theta"),
+    ];
     for (from, to) in floats {
         if let Some(x) = meta(&format!("{arch}.{from}")).and_then(|v| v.as_f64()) {
             c.insert(to.into(), x.into());
         }
     }
-    if let Some(kind) = meta(&format!("{arch}.rope.scaling.type")).and_then(|v| v.as_str().map(str::to_owned)) {
-        if kind != "none" {
-            let factor = meta(&format!("{arch}.rope.scaling.factor")).and_then(|v| v.as_f64());
-            let original = meta(&format!("{arch}.rope.scaling.original_context_length")).and_then(|v| v.as_u64());
-            c.insert("rope_scaling".into(), json!({"type": kind, "factor": factor, "original_max_position_embeddings": original}));
-        }
+    let scaling = |key: &str| meta(&format!("{arch}.rope.scaling.{key}"));
+    if let Some(kind) = scaling("type").and_then(|v| v.as_str()).filter(|k| *k != "none") {
+        let factor = scaling("factor").and_then(|v| v.as_f64());
+        let original = scaling("original_context_length").and_then(|v| v.as_u64());
+        c.insert("rope_scaling".into(), json!({"type": kind, "factor": factor, "original_max_position_embeddings": original}));
     }
-    let rows = file.info("token_embd.weight").and_then(|i| i.shape.first().copied());
-    let vocab = rows.ok_or_else(|| Error::Config("the tensor token_embd.weight is missing".into()))?;
+    let rows = file
+        .info("token_embd.weight")
+        .and_then(|i| i.shape.first().copied());
+    let vocab =
+        rows.ok_or_else(|| Error::Config("the tensor token_embd.weight is missing".into()))?;
     c.insert("vocab_size".into(), vocab.into());
-    c.insert("tie_word_embeddings".into(), file.info("output.weight").is_none().into());
-    c.insert("attention_bias".into(), (arch == "llama" && file.info("blk.0.attn_q.bias").is_some()).into());
-    for (from, to) in [("tokenizer.ggml.eos_token_id", "eos_token_id"), ("tokenizer.ggml.bos_token_id", "bos_token_id")] {
+    c.insert(
+        "tie_word_embeddings".into(),
+        file.info("output.weight").is_none().into(),
+    );
+    c.insert(
+        "attention_bias".into(),
+        (arch == "llama" && file.info("blk.0.attn_q.bias").is_some()).into(),
+    );
+    for (from, to) in [
+        ("tokenizer.ggml.eos_token_id", "eos_token_id"),
+        ("tokenizer.ggml.bos_token_id", "bos_token_id"),
+    ] {
         if let Some(id) = meta(from).and_then(|v| v.as_u64()) {
             c.insert(to.into(), id.into());
         }

@@ -191,7 +191,12 @@ pub struct BenchDecode {
     #[arg(long, default_value = "smollm2", value_name = "MODEL")]
     pub model: String,
     /// Number formats to measure
-    #[arg(long, value_delimiter = ',', default_value = "f32,f16,bf16", value_name = "LIST")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "f32,f16,bf16",
+        value_name = "LIST"
+    )]
     pub dtypes: Vec<String>,
     /// Tokens generated per repeat
     #[arg(long, default_value_t = 64, value_name = "N")]

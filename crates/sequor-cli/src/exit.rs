@@ -61,7 +61,11 @@ impl From<sequor_text::Error> for Exit {
 impl From<std::io::Error> for Exit {
     fn from(e: std::io::Error) -> Self {
         // The reader of our output went away: nothing to complain about.
-        if e.kind() == std::io::ErrorKind::BrokenPipe { Self::Interrupted } else { failure(e) }
+        if e.kind() == std::io::ErrorKind::BrokenPipe {
+            Self::Interrupted
+        } else {
+            failure(e)
+        }
     }
 }
 

@@ -26,7 +26,11 @@ pub struct WindowOptions {
 
 impl Default for WindowOptions {
     fn default() -> Self {
-        Self { context: 256, stride: 128, batch: 8 }
+        Self {
+            context: 256,
+            stride: 128,
+            batch: 8,
+        }
     }
 }
 
@@ -36,7 +40,10 @@ impl WindowOptions {
             return Err(Error::Input("context and batch must be at least 1".into()));
         }
         if self.stride == 0 || self.stride > self.context {
-            let what = format!("stride = {} must lie in 1..={} (the context)", self.stride, self.context);
+            let what = format!(
+                "stride = {} must lie in 1..={} (the context)",
+                self.stride, self.context
+            );
             return Err(Error::Input(what));
         }
         Ok(())
@@ -64,7 +71,11 @@ pub fn windows(len: usize, context: usize, stride: usize) -> impl Iterator<Item 
     std::iter::from_fn(move || {
         let start = next?;
         let end = start.saturating_add(context).min(last);
-        let window = Window { start, end, from: counted };
+        let window = Window {
+            start,
+            end,
+            from: counted,
+        };
         counted = end + 1;
         next = Some(start + stride).filter(|_| end < last);
         Some(window)
@@ -109,18 +120,30 @@ impl Likelihood {
 /// # Errors
 /// [`Error::Input`] for options out of range and results of another length, and
 /// whatever `nll` returns.
-pub fn score(tokens: &[u32], options: &WindowOptions, mut nll: impl FnMut(&[u32]) -> Result<Vec<f64>>) -> Result<Likelihood> {
+pub fn score(
+    tokens: &[u32],
+    options: &WindowOptions,
+    mut nll: impl FnMut(&[u32]) -> Result<Vec<f64>>,
+) -> Result<Likelihood> {
     options.validate()?;
     let mut total = Likelihood::default();
     for w in windows(tokens.len(), options.context, options.stride) {
         let ids = &tokens[w.start..=w.end];
         let values = nll(ids)?;
         if values.len() + 1 != ids.len() {
-            let what = format!("a window of {} tokens needs {} likelihoods, not {}", ids.len(), ids.len() - 1, values.len());
+            let what = format!(
+                "a window of {} tokens needs {} likelihoods, not {}",
+                ids.len(),
+                ids.len() - 1,
+                values.len()
+            );
             return Err(Error::Input(what));
         }
         let counted = &values[w.from - w.start - 1..];
-        total.add(Likelihood { nats: counted.iter().sum(), tokens: counted.len() });
+        total.add(Likelihood {
+            nats: counted.iter().sum(),
+            tokens: counted.len(),
+        });
     }
     Ok(total)
 }
@@ -130,7 +153,11 @@ pub fn score(tokens: &[u32], options: &WindowOptions, mut nll: impl FnMut(&[u32]
 ///
 /// # Errors
 /// [`Error::Input`] for options out of range, and whatever `logits` returns.
-pub fn score_logits(tokens: &[u32], options: &WindowOptions, mut logits: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Likelihood> {
+pub fn score_logits(
+    tokens: &[u32],
+    options: &WindowOptions,
+    mut logits: impl FnMut(&Tensor) -> Result<Tensor>,
+) -> Result<Likelihood> {
     options.validate()?;
     let _no_grad = no_grad_guard();
     let all: Vec<Window> = windows(tokens.len(), options.context, options.stride).collect();
@@ -144,20 +171,37 @@ pub fn score_logits(tokens: &[u32], options: &WindowOptions, mut logits: impl Fn
     Ok(total)
 }
 
-fn score_batch(tokens: &[u32], batch: &[Window], logits: &mut impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Likelihood> {
-    let Some(time) = batch.first().map(|w| (w.end - w.start) as i64) else { return Ok(Likelihood::default()) };
+fn score_batch(
+    tokens: &[u32],
+    batch: &[Window],
+    logits: &mut impl FnMut(&Tensor) -> Result<Tensor>,
+) -> Result<Likelihood> {
+    let Some(time) = batch.first().map(|w| (w.end - w.start) as i64) else {
+        return Ok(Likelihood::default());
+    };
     let rows = batch.len() as i64;
-    let ids = |from: usize, w: &Window| tokens[w.start + from..w.end + from].iter().map(|&t| i64::from(t)).collect::<Vec<_>>();
+    let ids = |from: usize, w: &Window| {
+        tokens[w.start + from..w.end + from]
+            .iter()
+            .map(|&t| i64::from(t))
+            .collect::<Vec<_>>()
+    };
     let tensor = |from: usize| -> Result<Tensor> {
         let flat: Vec<i64> = batch.iter().flat_map(|w| ids(from, w)).collect();
         Ok(Tensor::f_from_slice(&flat)?.f_reshape([rows, time])?)
     };
     let scores = logits(&tensor(0)?)?;
     let [b, t, vocab] = scores.size()[..] else {
-        return Err(Error::Input(format!("logits must be [batch, time, vocab], not {:?}", scores.size())));
+        return Err(Error::Input(format!(
+            "logits must be [batch, time, vocab], not {:?}",
+            scores.size()
+        )));
     };
     if (b, t) != (rows, time) {
-        return Err(Error::Input(format!("logits for [{rows}, {time}] ids have the shape {:?}", scores.size())));
+        return Err(Error::Input(format!(
+            "logits for [{rows}, {time}] ids have the shape {:?}",
+            scores.size()
+        )));
     }
     let targets = tensor(1)?.f_to_device(scores.device())?.f_reshape([-1])?;
     let scores = scores.f_to_kind(Kind::Float)?.f_reshape([-1, vocab])?;
@@ -166,8 +210,13 @@ fn score_batch(tokens: &[u32], batch: &[Window], logits: &mut impl FnMut(&Tensor
     let mut total = Likelihood::default();
     for (row, w) in batch.iter().enumerate() {
         let (skipped, counted) = ((w.from - w.start - 1) as i64, (w.end + 1 - w.from) as i64);
-        let part = nll.f_narrow(0, row as i64, 1)?.f_narrow(1, skipped, counted)?;
-        total.add(Likelihood { nats: part.f_sum(Kind::Double)?.f_double_value(&[])?, tokens: counted as usize });
+        let part = nll
+            .f_narrow(0, row as i64, 1)?
+            .f_narrow(1, skipped, counted)?;
+        total.add(Likelihood {
+            nats: part.f_sum(Kind::Double)?.f_double_value(&[])?,
+            tokens: counted as usize,
+        });
     }
     Ok(total)
 }
@@ -177,7 +226,11 @@ fn score_batch(tokens: &[u32], batch: &[Window], logits: &mut impl FnMut(&Tensor
 /// # Errors
 /// [`Error::Input`] for options out of range; [`Error::Backend`] for ids outside the
 /// vocabulary and windows longer than the model's context.
-pub fn score_decoder(decoder: &Decoder, tokens: &[u32], options: &WindowOptions) -> Result<Likelihood> {
+pub fn score_decoder(
+    decoder: &Decoder,
+    tokens: &[u32],
+    options: &WindowOptions,
+) -> Result<Likelihood> {
     score_logits(tokens, options, |ids| Ok(decoder.forward_dense(ids, 0.0)?))
 }
 
@@ -197,12 +250,20 @@ mod tests {
                         assert!(w.start < w.from && w.end - w.start <= context && w.end < len);
                         counted.extend(w.from..=w.end);
                     }
-                    assert_eq!(counted, (1..len).collect::<Vec<_>>(), "{len} {context} {stride}");
+                    assert_eq!(
+                        counted,
+                        (1..len).collect::<Vec<_>>(),
+                        "{len} {context} {stride}"
+                    );
                 }
             }
         }
         // All but the first window see at least context - stride tokens before what counts.
-        assert!(windows(1000, 64, 16).skip(1).all(|w| w.from - w.start > 64 - 16));
+        assert!(
+            windows(1000, 64, 16)
+                .skip(1)
+                .all(|w| w.from - w.start > 64 - 16)
+        );
     }
 
     fn decoder() -> Decoder {
@@ -219,7 +280,11 @@ mod tests {
         let decoder = decoder();
         let tokens: Vec<u32> = (0..45).map(|i| (i * i + 3 * i) % 20).collect();
         for (context, stride) in [(12, 12), (12, 5), (7, 1), (100, 100)] {
-            let options = WindowOptions { context, stride, batch: 3 };
+            let options = WindowOptions {
+                context,
+                stride,
+                batch: 3,
+            };
             let batched = score_decoder(&decoder, &tokens, &options);
             if context > 12 {
                 assert!(batched.unwrap_err().to_string().contains("context"));
@@ -231,23 +296,53 @@ mod tests {
                 let inputs = Tensor::from_slice(&ids[..ids.len() - 1]).unsqueeze(0);
                 let logits = decoder.forward_dense(&inputs, 0.0)?;
                 let logp = logits.squeeze_dim(0).log_softmax(-1, Kind::Double);
-                Ok((1..ids.len()).map(|i| -logp.double_value(&[i as i64 - 1, ids[i]])).collect())
+                Ok((1..ids.len())
+                    .map(|i| -logp.double_value(&[i as i64 - 1, ids[i]]))
+                    .collect())
             });
             let single = single.unwrap();
             assert_eq!((batched.tokens, single.tokens), (44, 44));
-            assert!((batched.nats - single.nats).abs() < 1e-3, "{} {}", batched.nats, single.nats);
+            assert!(
+                (batched.nats - single.nats).abs() < 1e-3,
+                "{} {}",
+                batched.nats,
+                single.nats
+            );
         }
-        assert!(score_decoder(&decoder, &[1, 99], &WindowOptions { context: 4, stride: 4, batch: 1 }).is_err());
-        assert_eq!(score_decoder(&decoder, &[1], &WindowOptions::default()).unwrap().tokens, 0);
+        assert!(
+            score_decoder(
+                &decoder,
+                &[1, 99],
+                &WindowOptions {
+                    context: 4,
+                    stride: 4,
+                    batch: 1
+                }
+            )
+            .is_err()
+        );
+        assert_eq!(
+            score_decoder(&decoder, &[1], &WindowOptions::default())
+                .unwrap()
+                .tokens,
+            0
+        );
     }
 
     #[test]
     fn measures_follow_their_definitions_and_options_are_checked() {
-        let l = Likelihood { nats: 6.0 * std::f64::consts::LN_2, tokens: 3 };
+        let l = Likelihood {
+            nats: 6.0 * std::f64::consts::LN_2,
+            tokens: 3,
+        };
         assert!((l.perplexity() - 4.0).abs() < 1e-12);
         assert!((l.bits_per_byte(12) - 0.5).abs() < 1e-12);
         for (context, stride, batch) in [(0, 1, 1), (4, 0, 1), (4, 5, 1), (4, 4, 0)] {
-            let options = WindowOptions { context, stride, batch };
+            let options = WindowOptions {
+                context,
+                stride,
+                batch,
+            };
             assert!(score(&[1, 2], &options, |_| Ok(vec![0.0])).is_err());
         }
         assert!(score(&[1, 2, 3], &WindowOptions::default(), |_| Ok(vec![0.0])).is_err());

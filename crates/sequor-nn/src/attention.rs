@@ -74,7 +74,13 @@ impl Dense {
     /// Rows are `batch` sequences of `time` rows each, one after the other, seeing each
     /// other by `mask`.
     pub fn new(batch: i64, time: i64, mask: Mask) -> Self {
-        Self { batch, time, mask, window: None, plain: None }
+        Self {
+            batch,
+            time,
+            mask,
+            window: None,
+            plain: None,
+        }
     }
 
     fn additive(&mut self, window: Option<i64>, like: &Tensor) -> Result<Tensor> {
@@ -91,8 +97,14 @@ impl Dense {
             }
             Some(_) => {}
         }
-        let found = if window.is_none() { self.plain.as_ref() } else { self.window.as_ref().map(|(_, m)| m) };
-        found.map(Tensor::shallow_clone).ok_or_else(|| Error::Input("no mask was made".into()))
+        let found = if window.is_none() {
+            self.plain.as_ref()
+        } else {
+            self.window.as_ref().map(|(_, m)| m)
+        };
+        found
+            .map(Tensor::shallow_clone)
+            .ok_or_else(|| Error::Input("no mask was made".into()))
     }
 }
 
@@ -101,9 +113,17 @@ impl Attend for Dense {
         let (b, t) = (self.batch, self.time);
         let window = call.window.filter(|w| *w < t);
         let causal = self.mask == Mask::Causal && window.is_none();
-        let mask = if causal || (self.mask == Mask::Full && window.is_none()) { None } else { Some(self.additive(window, q)?) };
+        let mask = if causal || (self.mask == Mask::Full && window.is_none()) {
+            None
+        } else {
+            Some(self.additive(window, q)?)
+        };
         let split = |x: &Tensor| -> Result<Tensor> {
-            let [_, h, d] = x.size()[..] else { return Err(Error::Input("attention rows must be [rows, heads, head_dim]".into())) };
+            let [_, h, d] = x.size()[..] else {
+                return Err(Error::Input(
+                    "attention rows must be [rows, heads, head_dim]".into(),
+                ));
+            };
             Ok(x.f_reshape([b, t, h, d])?.f_transpose(1, 2)?)
         };
         let out = Tensor::f_scaled_dot_product_attention(
@@ -133,16 +153,28 @@ pub struct Cached<'a> {
 impl<'a> Cached<'a> {
     /// The slots must have been announced by [`KvCache::begin`].
     pub fn new(cache: &'a mut KvCache, slots: &[usize]) -> Self {
-        let spans = slots.iter().map(|&s| (s, cache.pending_len(s) as i64)).collect();
-        Self { cache, spans, masks: Vec::new() }
+        let spans = slots
+            .iter()
+            .map(|&s| (s, cache.pending_len(s) as i64))
+            .collect();
+        Self {
+            cache,
+            spans,
+            masks: Vec::new(),
+        }
     }
 
     fn mask(&mut self, span: usize, slot: usize, window: Option<i64>) -> Result<Option<Tensor>> {
-        if let Some((.., m)) = self.masks.iter().find(|(s, w, _)| (*s, *w) == (span, window)) {
+        if let Some((.., m)) = self
+            .masks
+            .iter()
+            .find(|(s, w, _)| (*s, *w) == (span, window))
+        {
             return Ok(m.as_ref().map(Tensor::shallow_clone));
         }
         let made = self.cache.mask(slot, window)?;
-        self.masks.push((span, window, made.as_ref().map(Tensor::shallow_clone)));
+        self.masks
+            .push((span, window, made.as_ref().map(Tensor::shallow_clone)));
         Ok(made)
     }
 }
@@ -157,8 +189,15 @@ impl Attend for Cached<'_> {
             self.cache.append(slot, call.layer, &part(k)?, &part(v)?)?;
             let (keys, values) = self.cache.view(slot, call.layer)?;
             let fresh = keys.size()[1] == rows; // nothing committed: plain causal needs no mask
-            let causal = fresh && rows > 1 && call.window.is_none_or(|w| w >= rows) && self.cache.is_chain(slot);
-            let mask = if causal { None } else { self.mask(span, slot, call.window)? };
+            let causal = fresh
+                && rows > 1
+                && call.window.is_none_or(|w| w >= rows)
+                && self.cache.is_chain(slot);
+            let mask = if causal {
+                None
+            } else {
+                self.mask(span, slot, call.window)?
+            };
             let out = Tensor::f_scaled_dot_product_attention(
                 &part(q)?.f_transpose(0, 1)?.f_unsqueeze(0)?,
                 &keys.f_unsqueeze(0)?,
@@ -169,7 +208,11 @@ impl Attend for Cached<'_> {
                 call.scale,
                 q.size().get(1) != k.size().get(1),
             )?;
-            outs.push(out.f_squeeze_dim(0)?.f_transpose(0, 1)?.f_reshape([rows, -1])?);
+            outs.push(
+                out.f_squeeze_dim(0)?
+                    .f_transpose(0, 1)?
+                    .f_reshape([rows, -1])?,
+            );
             start += rows;
         }
         match &outs[..] {
@@ -202,29 +245,64 @@ impl SelfAttention {
                 c.heads, c.kv_heads, c.head_dim
             )));
         }
-        let project = |name: &str, heads: i64| Linear::new(&p.pp(name), c.dim, heads * c.head_dim, c.qkv_bias, c.init);
-        let parts = vec![project("q_proj", c.heads)?, project("k_proj", c.kv_heads)?, project("v_proj", c.kv_heads)?];
-        let out = Linear::new(&p.pp("o_proj"), c.heads * c.head_dim, c.dim, c.out_bias, c.out_init)?;
+        let project = |name: &str, heads: i64| {
+            Linear::new(&p.pp(name), c.dim, heads * c.head_dim, c.qkv_bias, c.init)
+        };
+        let parts = vec![
+            project("q_proj", c.heads)?,
+            project("k_proj", c.kv_heads)?,
+            project("v_proj", c.kv_heads)?,
+        ];
+        let out = Linear::new(
+            &p.pp("o_proj"),
+            c.heads * c.head_dim,
+            c.dim,
+            c.out_bias,
+            c.out_init,
+        )?;
         let norm = |name: &str, eps| Norm::new(&p.pp(name), NormKind::Rms, c.head_dim, eps);
-        let norms = c.qk_norm.map(|eps| Ok::<_, Error>((norm("q_norm", eps)?, norm("k_norm", eps)?))).transpose()?;
-        let scale = c.scale.unwrap_or_else(|| (c.head_dim as f64).sqrt().recip());
-        Ok(Self { qkv: Joined::new(parts, p.may_join())?, out, norms, scale, config })
+        let norms = c
+            .qk_norm
+            .map(|eps| Ok::<_, Error>((norm("q_norm", eps)?, norm("k_norm", eps)?)))
+            .transpose()?;
+        let scale = c
+            .scale
+            .unwrap_or_else(|| (c.head_dim as f64).sqrt().recip());
+        Ok(Self {
+            qkv: Joined::new(parts, p.may_join())?,
+            out,
+            norms,
+            scale,
+            config,
+        })
     }
 
     /// `x`: `[rows, dim]`; gives `[rows, dim]`.
     ///
     /// # Errors
     /// When shapes do not fit, or `attend` refuses.
-    pub fn forward(&self, x: &Tensor, layer: usize, rope: Option<&RopeTables>, attend: &mut dyn Attend) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        layer: usize,
+        rope: Option<&RopeTables>,
+        attend: &mut dyn Attend,
+    ) -> Result<Tensor> {
         let c = &self.config;
         let rows = x.size()[0];
-        let qkv = self.qkv.forward(x)?.f_reshape([rows, c.heads + 2 * c.kv_heads, c.head_dim])?;
+        let qkv = self
+            .qkv
+            .forward(x)?
+            .f_reshape([rows, c.heads + 2 * c.kv_heads, c.head_dim])?;
         let heads = |x: &Tensor, from: i64, n: i64| x.f_narrow(1, from, n);
         let v = heads(&qkv, c.heads + c.kv_heads, c.kv_heads)?;
         let (mut q, mut k);
         match &self.norms {
             Some((qn, kn)) => {
-                (q, k) = (qn.forward(&heads(&qkv, 0, c.heads)?)?, kn.forward(&heads(&qkv, c.heads, c.kv_heads)?)?);
+                (q, k) = (
+                    qn.forward(&heads(&qkv, 0, c.heads)?)?,
+                    kn.forward(&heads(&qkv, c.heads, c.kv_heads)?)?,
+                );
                 if let Some(r) = rope {
                     (q, k) = (r.apply(&q)?, r.apply(&k)?);
                 }
@@ -239,7 +317,11 @@ impl SelfAttention {
             }
         }
         debug_assert_eq!(q.kind(), Kind::Float);
-        let call = Call { layer, window: c.window, scale: self.scale };
+        let call = Call {
+            layer,
+            window: c.window,
+            scale: self.scale,
+        };
         self.out.forward(&attend.attend(call, &q, &k, &v)?)
     }
 

@@ -84,7 +84,12 @@ impl Block {
         let mlp = p.pp("mlp");
         let ffn = match &c.ffn {
             FfnKind::Mlp(f) => Ffn::Mlp(Mlp::new(&mlp, f)?),
-            FfnKind::Moe { expert, experts, top_k, renormalise } => Ffn::Moe(Moe::new(&mlp, expert, *experts, *top_k, *renormalise)?),
+            FfnKind::Moe {
+                expert,
+                experts,
+                top_k,
+                renormalise,
+            } => Ffn::Moe(Moe::new(&mlp, expert, *experts, *top_k, *renormalise)?),
         };
         Ok(Self {
             attention: SelfAttention::new(&p.pp("self_attn"), c.attention.clone())?,
@@ -99,24 +104,36 @@ impl Block {
     /// # Errors
     /// When shapes do not fit; the message names the layer.
     pub fn forward(&self, x: &Tensor, layer: usize, pass: &mut Pass<'_>) -> Result<Tensor> {
-        self.run(x, layer, pass).map_err(|e| e.in_layer(&format!("layer {layer}")))
+        self.run(x, layer, pass)
+            .map_err(|e| e.in_layer(&format!("layer {layer}")))
     }
 
     fn run(&self, x: &Tensor, layer: usize, pass: &mut Pass<'_>) -> Result<Tensor> {
         let dropout = pass.dropout;
         let add = |x: &Tensor, update: Tensor| -> Result<Tensor> {
-            let update = if dropout > 0.0 { update.f_dropout(dropout, true)? } else { update };
+            let update = if dropout > 0.0 {
+                update.f_dropout(dropout, true)?
+            } else {
+                update
+            };
             Ok(x.f_add(&update)?)
         };
         let [first, second] = &self.norms;
         match self.placement {
             Placement::Pre => {
-                let h = add(x, self.attention.forward(&first.forward(x)?, layer, pass.rope, pass.attend)?)?;
+                let h = add(
+                    x,
+                    self.attention
+                        .forward(&first.forward(x)?, layer, pass.rope, pass.attend)?,
+                )?;
                 let update = self.feed(&second.forward(&h)?)?;
                 add(&h, update)
             }
             Placement::Post => {
-                let h = first.forward(&add(x, self.attention.forward(x, layer, pass.rope, pass.attend)?)?)?;
+                let h = first.forward(&add(
+                    x,
+                    self.attention.forward(x, layer, pass.rope, pass.attend)?,
+                )?)?;
                 let update = self.feed(&h)?;
                 second.forward(&add(&h, update)?)
             }

@@ -54,7 +54,9 @@ impl FromStr for DType {
             "f32" | "float32" | "float" => Ok(Self::F32),
             "f16" | "float16" | "half" => Ok(Self::F16),
             "bf16" | "bfloat16" => Ok(Self::Bf16),
-            _ => Err(Error::Input(format!("unknown dtype '{s}': choose f32, f16 or bf16"))),
+            _ => Err(Error::Input(format!(
+                "unknown dtype '{s}': choose f32, f16 or bf16"
+            ))),
         }
     }
 }
@@ -70,7 +72,11 @@ pub fn parse_device(s: &str) -> Result<Device> {
         "cuda" => 0,
         _ => match s.strip_prefix("cuda:").map(str::parse::<usize>) {
             Some(Ok(i)) => i,
-            _ => return Err(Error::Input(format!("unknown device '{s}': choose cpu, cuda or cuda:N"))),
+            _ => {
+                return Err(Error::Input(format!(
+                    "unknown device '{s}': choose cpu, cuda or cuda:N"
+                )));
+            }
         },
     };
     if !tch::Cuda::is_available() {
@@ -84,7 +90,9 @@ pub fn parse_device(s: &str) -> Result<Device> {
     }
     let n = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
     if index >= n {
-        return Err(Error::Input(format!("--device {s}: this machine has {n} GPU(s), numbered from 0")));
+        return Err(Error::Input(format!(
+            "--device {s}: this machine has {n} GPU(s), numbered from 0"
+        )));
     }
     Ok(Device::Cuda(index))
 }
@@ -96,7 +104,13 @@ mod tests {
     #[test]
     fn names_are_read_and_refused() {
         assert_eq!("bf16".parse::<DType>().unwrap(), DType::Bf16);
-        assert!("int3".parse::<DType>().unwrap_err().to_string().contains("choose f32"));
+        assert!(
+            "int3"
+                .parse::<DType>()
+                .unwrap_err()
+                .to_string()
+                .contains("choose f32")
+        );
         assert_eq!(parse_device("cpu").unwrap(), Device::Cpu);
         assert!(parse_device("tpu").is_err());
         assert!(parse_device("cuda:x").is_err());

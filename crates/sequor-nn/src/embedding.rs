@@ -16,7 +16,9 @@ impl Embedding {
     /// # Errors
     /// When a weight file cannot be read.
     pub fn new(p: &ParamBuilder, rows: i64, dim: i64, init: Init) -> Result<Self> {
-        Ok(Self { weight: p.matrix("weight", &[rows, dim], init)? })
+        Ok(Self {
+            weight: p.matrix("weight", &[rows, dim], init)?,
+        })
     }
 
     /// `ids`: any shape, int64; gives `[.., dim]` f32.

@@ -58,19 +58,28 @@ pub enum Error {
 impl Error {
     /// An [`Error::Weights`] for `path`.
     pub fn weights(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
-        Self::Weights { path: path.into(), reason: reason.into() }
+        Self::Weights {
+            path: path.into(),
+            reason: reason.into(),
+        }
     }
 
     /// An [`Error::Io`] for `path`.
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+        Self::Io {
+            path: path.into(),
+            source,
+        }
     }
 
     /// Adds the name of the layer that was running to a libtorch error.
     #[must_use]
     pub fn in_layer(self, layer: &str) -> Self {
         match self {
-            Self::Backend { op, message } => Self::Backend { op: format!("{layer}: {op}"), message },
+            Self::Backend { op, message } => Self::Backend {
+                op: format!("{layer}: {op}"),
+                message,
+            },
             other => other,
         }
     }
@@ -81,6 +90,9 @@ impl From<tch::TchError> for Error {
         let text = e.to_string();
         // libtorch appends a C++ backtrace; the first line says what happened.
         let message = text.lines().next().unwrap_or("unknown error").to_owned();
-        Self::Backend { op: "a tensor operation".to_owned(), message }
+        Self::Backend {
+            op: "a tensor operation".to_owned(),
+            message,
+        }
     }
 }

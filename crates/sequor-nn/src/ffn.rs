@@ -28,7 +28,9 @@ impl Activation {
             "gelu" => Ok(Self::Gelu),
             "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Self::GeluTanh),
             "relu" => Ok(Self::Relu),
-            _ => Err(Error::Unsupported(format!("activation '{name}' (known: silu, gelu, gelu_new, relu)"))),
+            _ => Err(Error::Unsupported(format!(
+                "activation '{name}' (known: silu, gelu, gelu_new, relu)"
+            ))),
         }
     }
 
@@ -77,9 +79,18 @@ impl Mlp {
     /// When a weight file cannot be read.
     pub fn new(p: &ParamBuilder, c: &FfnConfig) -> Result<Self> {
         let inner = |name: &str| Linear::new(&p.pp(name), c.dim, c.hidden, c.bias, c.init);
-        let parts = if c.gated { vec![inner("gate_proj")?, inner("up_proj")?] } else { vec![inner("up_proj")?] };
+        let parts = if c.gated {
+            vec![inner("gate_proj")?, inner("up_proj")?]
+        } else {
+            vec![inner("up_proj")?]
+        };
         let down = Linear::new(&p.pp("down_proj"), c.hidden, c.dim, c.bias, c.out_init)?;
-        Ok(Self { activation: c.activation, gated: c.gated, input: Joined::new(parts, p.may_join())?, down })
+        Ok(Self {
+            activation: c.activation,
+            gated: c.gated,
+            input: Joined::new(parts, p.may_join())?,
+            down,
+        })
     }
 
     /// `x`: `[rows, dim]`; gives `[rows, dim]`.
@@ -90,7 +101,9 @@ impl Mlp {
         let h = self.input.forward(x)?;
         let h = if self.gated {
             let half = self.down.input();
-            self.activation.apply(&h.f_narrow(-1, 0, half)?)?.f_mul(&h.f_narrow(-1, half, half)?)?
+            self.activation
+                .apply(&h.f_narrow(-1, 0, half)?)?
+                .f_mul(&h.f_narrow(-1, half, half)?)?
         } else {
             self.activation.apply(&h)?
         };
@@ -119,13 +132,28 @@ impl Moe {
     ///
     /// # Errors
     /// [`Error::Config`] when `top_k` is not between 1 and the number of experts.
-    pub fn new(p: &ParamBuilder, c: &FfnConfig, experts: usize, top_k: usize, renormalise: bool) -> Result<Self> {
+    pub fn new(
+        p: &ParamBuilder,
+        c: &FfnConfig,
+        experts: usize,
+        top_k: usize,
+        renormalise: bool,
+    ) -> Result<Self> {
         if top_k == 0 || top_k > experts {
-            return Err(Error::Config(format!("{top_k} experts per token out of {experts}")));
+            return Err(Error::Config(format!(
+                "{top_k} experts per token out of {experts}"
+            )));
         }
         let gate = Linear::new(&p.pp("gate"), c.dim, experts as i64, false, c.init)?;
-        let experts = (0..experts).map(|e| Mlp::new(&p.pp("experts").pp(e), c)).collect::<Result<_>>()?;
-        Ok(Self { gate, experts, top_k: top_k as i64, renormalise })
+        let experts = (0..experts)
+            .map(|e| Mlp::new(&p.pp("experts").pp(e), c))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            gate,
+            experts,
+            top_k: top_k as i64,
+            renormalise,
+        })
     }
 
     /// `x`: `[rows, dim]`; gives `[rows, dim]`.
@@ -136,19 +164,27 @@ impl Moe {
         let probs = self.gate.forward(x)?.f_softmax(-1, Kind::Float)?;
         let (mut weights, chosen) = probs.f_topk(self.top_k, -1, true, true)?;
         if self.renormalise {
-            weights = weights.f_div(&weights.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?)?;
+            weights = weights.f_div(&weights.f_sum_dim_intlist(
+                [-1i64].as_slice(),
+                true,
+                Kind::Float,
+            )?)?;
         }
-        let flat: Vec<i64> = sequor_kernels::bridge::to_vec(&chosen.f_reshape([-1])?).map_err(|e| Error::Input(e.to_string()))?;
+        let flat: Vec<i64> = sequor_kernels::bridge::to_vec(&chosen.f_reshape([-1])?)
+            .map_err(|e| Error::Input(e.to_string()))?;
         let weights = weights.f_reshape([-1])?;
         let mut out = x.f_zeros_like()?;
         for (e, expert) in self.experts.iter().enumerate() {
-            let slots: Vec<i64> = (0..flat.len()).filter(|&s| flat[s] == e as i64).map(|s| s as i64).collect();
+            let slots: Vec<i64> = (0..flat.len())
+                .filter(|&s| flat[s] == e as i64)
+                .map(|s| s as i64)
+                .collect();
             if slots.is_empty() {
                 continue;
             }
             let rows: Vec<i64> = slots.iter().map(|s| s / self.top_k).collect();
-            let rows = Tensor::from_slice(&rows).f_to_device(x.device())?;
-            let slots = Tensor::from_slice(&slots).f_to_device(x.device())?;
+            let rows = Tensor::f_from_slice(&rows)?.f_to_device(x.device())?;
+            let slots = Tensor::f_from_slice(&slots)?.f_to_device(x.device())?;
             let y = expert.forward(&x.f_index_select(0, &rows)?)?;
             let w = weights.f_index_select(0, &slots)?.f_unsqueeze(-1)?;
             out = out.f_index_add(0, &rows, &y.f_mul(&w)?)?;
@@ -182,7 +218,12 @@ mod tests {
         for renormalise in [false, true] {
             let p = ParamBuilder::init(5, Kind::Float, Device::Cpu);
             let moe = Moe::new(&p, &c, 4, 2, renormalise).unwrap();
-            let x = Tensor::from_slice(&(0..42).map(|i| ((i * 7 % 13) as f32 - 6.0) / 5.0).collect::<Vec<_>>()).reshape([7, 6]);
+            let x = Tensor::from_slice(
+                &(0..42)
+                    .map(|i| ((i * 7 % 13) as f32 - 6.0) / 5.0)
+                    .collect::<Vec<_>>(),
+            )
+            .reshape([7, 6]);
             let probs = moe.gate.forward(&x).unwrap().softmax(-1, Kind::Float);
             let third = probs.topk(3, -1, true, true).0.narrow(1, 2, 1);
             let mut masked = &probs * probs.gt_tensor(&third).to_kind(Kind::Float);
@@ -193,7 +234,10 @@ mod tests {
             for (e, expert) in moe.experts.iter().enumerate() {
                 dense += expert.forward(&x).unwrap() * masked.narrow(1, e as i64, 1);
             }
-            let diff = (moe.forward(&x).unwrap() - dense).abs().max().double_value(&[]);
+            let diff = (moe.forward(&x).unwrap() - dense)
+                .abs()
+                .max()
+                .double_value(&[]);
             assert!(diff < 1e-5, "{diff}");
         }
         let p = ParamBuilder::init(5, Kind::Float, Device::Cpu);

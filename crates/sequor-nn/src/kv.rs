@@ -61,17 +61,35 @@ impl KvCache {
     /// # Errors
     /// When libtorch cannot make an empty tensor.
     pub fn new(shape: KvShape, slots: usize) -> Result<Self> {
-        let slots = (0..slots).map(|_| Self::empty_slot(&shape)).collect::<Result<_>>()?;
+        let slots = (0..slots)
+            .map(|_| Self::empty_slot(&shape))
+            .collect::<Result<_>>()?;
         Ok(Self { shape, slots })
     }
 
     fn empty_slot(shape: &KvShape) -> Result<Slot> {
         let layer = || -> Result<Layer> {
-            let empty = || Tensor::f_empty([shape.kv_heads, 0, shape.head_dim], (Kind::Float, shape.device));
-            Ok(Layer { k: empty()?, v: empty()?, capacity: 0, committed: 0, pending: Vec::new() })
+            let empty = || {
+                Tensor::f_empty(
+                    [shape.kv_heads, 0, shape.head_dim],
+                    (Kind::Float, shape.device),
+                )
+            };
+            Ok(Layer {
+                k: empty()?,
+                v: empty()?,
+                capacity: 0,
+                committed: 0,
+                pending: Vec::new(),
+            })
         };
         let layers = (0..shape.layers).map(|_| layer()).collect::<Result<_>>()?;
-        Ok(Slot { positions: Vec::new(), committed: 0, parents: Vec::new(), layers })
+        Ok(Slot {
+            positions: Vec::new(),
+            committed: 0,
+            parents: Vec::new(),
+            layers,
+        })
     }
 
     /// Number of slots.
@@ -86,12 +104,16 @@ impl KvCache {
 
     fn slot(&self, slot: usize) -> Result<&Slot> {
         let n = self.slots.len();
-        self.slots.get(slot).ok_or_else(|| Error::Input(format!("slot {slot} of a state with {n} slots")))
+        self.slots
+            .get(slot)
+            .ok_or_else(|| Error::Input(format!("slot {slot} of a state with {n} slots")))
     }
 
     fn slot_mut(&mut self, slot: usize) -> Result<&mut Slot> {
         let n = self.slots.len();
-        self.slots.get_mut(slot).ok_or_else(|| Error::Input(format!("slot {slot} of a state with {n} slots")))
+        self.slots
+            .get_mut(slot)
+            .ok_or_else(|| Error::Input(format!("slot {slot} of a state with {n} slots")))
     }
 
     /// Committed rows of a slot (0 for a slot that does not exist).
@@ -107,7 +129,11 @@ impl KvCache {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         let row = 2 * 4 * (self.shape.kv_heads * self.shape.head_dim) as usize;
-        self.slots.iter().flat_map(|s| &s.layers).map(|l| l.capacity * row).sum()
+        self.slots
+            .iter()
+            .flat_map(|s| &s.layers)
+            .map(|l| l.capacity * row)
+            .sum()
     }
 
     /// Announces a forward of `parents.len()` rows. `parents[i]` is the earlier row of
@@ -132,13 +158,19 @@ impl KvCache {
             let position = match *parent {
                 None => start,
                 Some(p) if p < i => positions[p] + 1,
-                Some(p) => return Err(Error::Input(format!("row {i} names row {p} as its parent, which does not come before it"))),
+                Some(p) => {
+                    return Err(Error::Input(format!(
+                        "row {i} names row {p} as its parent, which does not come before it"
+                    )));
+                }
             };
             positions.push(position);
         }
         let rows = s.committed + parents.len();
         if rows > max {
-            return Err(Error::Limits(format!("{rows} rows do not fit a context of {max}")));
+            return Err(Error::Limits(format!(
+                "{rows} rows do not fit a context of {max}"
+            )));
         }
         s.positions.truncate(s.committed);
         s.positions.extend(&positions);
@@ -156,7 +188,9 @@ impl KvCache {
         let s = self.slot_mut(slot)?;
         let rows = s.parents.len();
         let layers = s.layers.len();
-        let l = s.layers.get_mut(layer).ok_or_else(|| Error::Input(format!("layer {layer} of a state with {layers} layers")))?;
+        let l = s.layers.get_mut(layer).ok_or_else(|| {
+            Error::Input(format!("layer {layer} of a state with {layers} layers"))
+        })?;
         if k.size() != [rows as i64, shape.kv_heads, shape.head_dim] || v.size() != k.size() {
             return Err(Error::Input(format!(
                 "layer {layer}: keys of shape {:?} where {rows} rows of {} heads x {} were announced",
@@ -168,7 +202,9 @@ impl KvCache {
         l.grow(l.committed + rows, &shape)?;
         let at = l.committed as i64;
         for (store, new) in [(&l.k, k), (&l.v, v)] {
-            store.f_narrow(1, at, rows as i64)?.f_copy_(&new.f_transpose(0, 1)?)?;
+            store
+                .f_narrow(1, at, rows as i64)?
+                .f_copy_(&new.f_transpose(0, 1)?)?;
         }
         l.pending = (0..rows).collect();
         Ok(())
@@ -179,7 +215,11 @@ impl KvCache {
     /// # Errors
     /// [`Error::Input`] for a slot or layer that does not exist.
     pub fn view(&self, slot: usize, layer: usize) -> Result<(Tensor, Tensor)> {
-        let l = self.slot(slot)?.layers.get(layer).ok_or_else(|| Error::Input(format!("no layer {layer} in this state")))?;
+        let l = self
+            .slot(slot)?
+            .layers
+            .get(layer)
+            .ok_or_else(|| Error::Input(format!("no layer {layer} in this state")))?;
         let rows = (l.committed + l.pending.len()) as i64;
         Ok((l.k.f_narrow(1, 0, rows)?, l.v.f_narrow(1, 0, rows)?))
     }
@@ -209,13 +249,20 @@ impl KvCache {
             let seen = j < committed || ancestors[i * rows + (j - committed)];
             seen && window.is_none_or(|w| positions[committed + i] - positions[j] < w)
         };
-        Ok(Some(crate::mask::additive(rows, committed + rows, self.shape.device, allowed)?))
+        Ok(Some(crate::mask::additive(
+            rows,
+            committed + rows,
+            self.shape.device,
+            allowed,
+        )?))
     }
 
     /// Are the pending rows a plain chain?
     pub fn is_chain(&self, slot: usize) -> bool {
         let chain = |(i, p): (usize, &Option<usize>)| *p == i.checked_sub(1);
-        self.slots.get(slot).is_none_or(|s| s.parents.iter().enumerate().all(chain))
+        self.slots
+            .get(slot)
+            .is_none_or(|s| s.parents.iter().enumerate().all(chain))
     }
 
     /// Keeps the pending rows on `path` (each the parent of the next), in order, and drops
@@ -231,9 +278,16 @@ impl KvCache {
             match s.parents.get(node) {
                 Some(parent) if *parent == expected => {}
                 Some(parent) => {
-                    return Err(Error::Input(format!("{path:?} is not a path: row {node} follows {parent:?}, not {expected:?}")));
+                    return Err(Error::Input(format!(
+                        "{path:?} is not a path: row {node} follows {parent:?}, not {expected:?}"
+                    )));
                 }
-                None => return Err(Error::Input(format!("row {node} of {} pending rows cannot be committed", s.parents.len()))),
+                None => {
+                    return Err(Error::Input(format!(
+                        "row {node} of {} pending rows cannot be committed",
+                        s.parents.len()
+                    )));
+                }
             }
         }
         for layer in &mut s.layers {
@@ -263,10 +317,20 @@ impl KvCache {
         self.discard(slot)?;
         let s = self.slot_mut(slot)?;
         if len > s.committed {
-            return Err(Error::Input(format!("slot {slot} has {} rows and cannot be cut to {len}", s.committed)));
+            return Err(Error::Input(format!(
+                "slot {slot} has {} rows and cannot be cut to {len}",
+                s.committed
+            )));
         }
-        if let Some(l) = s.layers.iter().find(|l| l.committed != s.committed && l.committed != 0) {
-            return Err(Error::Input(format!("a layer holds {} of {} rows: this state cannot be cut", l.committed, s.committed)));
+        if let Some(l) = s
+            .layers
+            .iter()
+            .find(|l| l.committed != s.committed && l.committed != 0)
+        {
+            return Err(Error::Input(format!(
+                "a layer holds {} of {} rows: this state cannot be cut",
+                l.committed, s.committed
+            )));
         }
         for l in &mut s.layers {
             l.committed = l.committed.min(len);
@@ -304,8 +368,12 @@ impl KvCache {
             new.grow(old.committed, &shape)?;
             new.committed = old.committed;
             let n = old.committed as i64;
-            new.k.f_narrow(1, 0, n)?.f_copy_(&old.k.f_narrow(1, 0, n)?)?;
-            new.v.f_narrow(1, 0, n)?.f_copy_(&old.v.f_narrow(1, 0, n)?)?;
+            new.k
+                .f_narrow(1, 0, n)?
+                .f_copy_(&old.k.f_narrow(1, 0, n)?)?;
+            new.v
+                .f_narrow(1, 0, n)?
+                .f_copy_(&old.v.f_narrow(1, 0, n)?)?;
         }
         *self.slot_mut(to)? = copy;
         Ok(())
@@ -321,8 +389,13 @@ impl Layer {
         let capacity = rows.max(self.capacity + self.capacity / 2).div_ceil(CHUNK) * CHUNK;
         let keep = self.committed as i64;
         for store in [&mut self.k, &mut self.v] {
-            let larger = Tensor::f_zeros([shape.kv_heads, capacity as i64, shape.head_dim], (Kind::Float, shape.device))?;
-            larger.f_narrow(1, 0, keep)?.f_copy_(&store.f_narrow(1, 0, keep)?)?;
+            let larger = Tensor::f_zeros(
+                [shape.kv_heads, capacity as i64, shape.head_dim],
+                (Kind::Float, shape.device),
+            )?;
+            larger
+                .f_narrow(1, 0, keep)?
+                .f_copy_(&store.f_narrow(1, 0, keep)?)?;
             *store = larger;
         }
         self.capacity = capacity;
@@ -331,14 +404,19 @@ impl Layer {
 
     fn commit(&mut self, path: &[usize], device: Device) -> Result<()> {
         let pending = std::mem::take(&mut self.pending);
-        let rows: Vec<i64> =
-            path.iter().filter_map(|n| pending.iter().position(|p| p == n)).map(|row| row as i64).collect();
+        let rows: Vec<i64> = path
+            .iter()
+            .filter_map(|n| pending.iter().position(|p| p == n))
+            .map(|row| row as i64)
+            .collect();
         let in_place = rows.iter().enumerate().all(|(i, &row)| row == i as i64);
         if !in_place {
-            let index = Tensor::from_slice(&rows).f_to_device(device)?;
+            let index = Tensor::f_from_slice(&rows)?.f_to_device(device)?;
             let (at, n) = (self.committed as i64, rows.len() as i64);
             for store in [&self.k, &self.v] {
-                let kept = store.f_narrow(1, at, pending.len() as i64)?.f_index_select(1, &index)?;
+                let kept = store
+                    .f_narrow(1, at, pending.len() as i64)?
+                    .f_index_select(1, &index)?;
                 store.f_narrow(1, at, n)?.f_copy_(&kept)?;
             }
         }
@@ -352,11 +430,27 @@ mod tests {
     use super::*;
 
     fn cache() -> KvCache {
-        KvCache::new(KvShape { layers: 2, kv_heads: 1, head_dim: 1, max_len: 600, device: Device::Cpu }, 2).unwrap()
+        KvCache::new(
+            KvShape {
+                layers: 2,
+                kv_heads: 1,
+                head_dim: 1,
+                max_len: 600,
+                device: Device::Cpu,
+            },
+            2,
+        )
+        .unwrap()
     }
 
     /// Appends rows whose keys are the given numbers.
-    fn feed(c: &mut KvCache, slot: usize, parents: &[Option<usize>], keys: &[f32], layers: &[usize]) -> Vec<i64> {
+    fn feed(
+        c: &mut KvCache,
+        slot: usize,
+        parents: &[Option<usize>],
+        keys: &[f32],
+        layers: &[usize],
+    ) -> Vec<i64> {
         let positions = c.begin(slot, parents).unwrap();
         let k = Tensor::from_slice(keys).reshape([keys.len() as i64, 1, 1]);
         for &l in layers {
@@ -376,28 +470,51 @@ mod tests {
         c.commit(0, &[0, 1]).unwrap();
         // Root with two children, the second of which has a child.
         let tree = [None, Some(0), Some(0), Some(2)];
-        assert_eq!(feed(&mut c, 0, &tree, &[3.0, 4.0, 5.0, 6.0], &[0, 1]), [2, 3, 3, 4]);
+        assert_eq!(
+            feed(&mut c, 0, &tree, &[3.0, 4.0, 5.0, 6.0], &[0, 1]),
+            [2, 3, 3, 4]
+        );
         assert!(!c.is_chain(0));
         let m = c.mask(0, None).unwrap().unwrap();
-        let visible = |i: i64| (0..6).filter(|&j| m.double_value(&[i, j]) == 0.0).collect::<Vec<_>>();
+        let visible = |i: i64| {
+            (0..6)
+                .filter(|&j| m.double_value(&[i, j]) == 0.0)
+                .collect::<Vec<_>>()
+        };
         assert_eq!(visible(1), [0, 1, 2, 3]);
         assert_eq!(visible(3), [0, 1, 2, 4, 5]);
         assert!(c.commit(0, &[0, 3]).is_err(), "3 does not follow 0");
         assert!(c.commit(0, &[2]).is_err(), "2 is no root");
         c.commit(0, &[0, 2, 3]).unwrap();
         assert_eq!(keys(&c, 0, 1), [1.0, 2.0, 3.0, 5.0, 6.0]);
-        assert_eq!((c.committed_len(0), c.pending_len(0), c.committed_len(1)), (5, 0, 0));
+        assert_eq!(
+            (c.committed_len(0), c.pending_len(0), c.committed_len(1)),
+            (5, 0, 0)
+        );
     }
 
     #[test]
     fn pending_rows_are_committed_or_discarded_before_the_next_forward() {
         let mut c = cache();
         feed(&mut c, 1, &[None], &[1.0], &[0, 1]);
-        assert!(c.begin(1, &[None]).unwrap_err().to_string().contains("commit or discard"));
+        assert!(
+            c.begin(1, &[None])
+                .unwrap_err()
+                .to_string()
+                .contains("commit or discard")
+        );
         c.discard(1).unwrap();
         assert_eq!(c.committed_len(1), 0);
-        assert!(c.begin(1, &[Some(0)]).is_err(), "a row cannot be its own parent");
-        assert!(c.begin(1, &[None; 601]).unwrap_err().to_string().contains("context of 600"));
+        assert!(
+            c.begin(1, &[Some(0)]).is_err(),
+            "a row cannot be its own parent"
+        );
+        assert!(
+            c.begin(1, &[None; 601])
+                .unwrap_err()
+                .to_string()
+                .contains("context of 600")
+        );
         assert!(c.begin(9, &[None]).is_err());
     }
 
@@ -424,7 +541,12 @@ mod tests {
         assert_eq!(keys(&c, 1, 1), [0.0, 1.0, 2.0, 3.0, 4.0]);
         feed(&mut c, 1, &[None], &[9.0], &[0, 1]);
         let m = c.mask(1, Some(2)).unwrap().unwrap();
-        assert_eq!((0..6).filter(|&j| m.double_value(&[0, j]) == 0.0).collect::<Vec<_>>(), [4, 5]);
+        assert_eq!(
+            (0..6)
+                .filter(|&j| m.double_value(&[0, j]) == 0.0)
+                .collect::<Vec<_>>(),
+            [4, 5]
+        );
         assert!(c.mask(1, Some(100)).unwrap().is_none());
         assert!(c.truncate(1, 7).is_err());
         c.reset(1).unwrap();

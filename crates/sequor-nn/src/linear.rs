@@ -27,8 +27,17 @@ impl Linear {
     /// When a weight file cannot be read.
     pub fn new(p: &ParamBuilder, input: i64, output: i64, bias: bool, init: Init) -> Result<Self> {
         let weight = p.matrix("weight", &[output, input], init)?;
-        let bias = if bias { Some(p.matrix("bias", &[output], Init::Zeros)?) } else { None };
-        Ok(Self { storage: Storage::Dense(weight), bias, input, output })
+        let bias = if bias {
+            Some(p.matrix("bias", &[output], Init::Zeros)?)
+        } else {
+            None
+        };
+        Ok(Self {
+            storage: Storage::Dense(weight),
+            bias,
+            input,
+            output,
+        })
     }
 
     /// A layer over an existing matrix `[output, input]`, such as a tied embedding.
@@ -38,9 +47,16 @@ impl Linear {
     pub fn from_weight(weight: Tensor) -> Result<Self> {
         let size = weight.size();
         let [output, input] = size[..] else {
-            return Err(Error::Input(format!("a linear layer needs a matrix, and this tensor is {size:?}")));
+            return Err(Error::Input(format!(
+                "a linear layer needs a matrix, and this tensor is {size:?}"
+            )));
         };
-        Ok(Self { storage: Storage::Dense(weight), bias: None, input, output })
+        Ok(Self {
+            storage: Storage::Dense(weight),
+            bias: None,
+            input,
+            output,
+        })
     }
 
     /// Several layers over the same input as one, outputs side by side: one pass
@@ -51,14 +67,36 @@ impl Linear {
     /// [`Error::Config`] when inputs differ or only some layers have a bias.
     pub fn join(parts: &[Self]) -> Result<Self> {
         let input = parts.first().map_or(0, |l| l.input);
-        if parts.iter().any(|l| l.input != input || l.bias.is_some() != parts.iter().all(|l| l.bias.is_some())) {
-            return Err(Error::Config("layers to be joined must share their input and their use of biases".into()));
+        if parts
+            .iter()
+            .any(|l| l.input != input || l.bias.is_some() != parts.iter().all(|l| l.bias.is_some()))
+        {
+            return Err(Error::Config(
+                "layers to be joined must share their input and their use of biases".into(),
+            ));
         }
-        let weights: Vec<&Tensor> = parts.iter().map(|Self { storage: Storage::Dense(w), .. }| w).collect();
+        let weights: Vec<&Tensor> = parts
+            .iter()
+            .map(
+                |Self {
+                     storage: Storage::Dense(w),
+                     ..
+                 }| w,
+            )
+            .collect();
         let biases: Vec<&Tensor> = parts.iter().filter_map(|l| l.bias.as_ref()).collect();
-        let bias = if biases.is_empty() { None } else { Some(Tensor::f_cat(&biases, 0)?) };
+        let bias = if biases.is_empty() {
+            None
+        } else {
+            Some(Tensor::f_cat(&biases, 0)?)
+        };
         let output = parts.iter().map(|l| l.output).sum();
-        Ok(Self { storage: Storage::Dense(Tensor::f_cat(&weights, 0)?), bias, input, output })
+        Ok(Self {
+            storage: Storage::Dense(Tensor::f_cat(&weights, 0)?),
+            bias,
+            input,
+            output,
+        })
     }
 
     /// Length of the input rows.
@@ -86,7 +124,9 @@ impl Linear {
         if w.kind() == Kind::Float {
             return Ok(x.f_linear(w, self.bias.as_ref())?);
         }
-        Ok(x.f_to_kind(w.kind())?.f_linear(w, self.bias.as_ref())?.f_to_kind(Kind::Float)?)
+        Ok(x.f_to_kind(w.kind())?
+            .f_linear(w, self.bias.as_ref())?
+            .f_to_kind(Kind::Float)?)
     }
 }
 
@@ -105,8 +145,13 @@ impl Joined {
     /// As [`Linear::join`].
     pub fn new(parts: Vec<Linear>, join: bool) -> Result<Self> {
         let widths = parts.iter().map(Linear::output).collect();
-        let uniform = parts.iter().all(|l| l.bias.is_some()) || parts.iter().all(|l| l.bias.is_none());
-        let parts = if join && uniform { vec![Linear::join(&parts)?] } else { parts };
+        let uniform =
+            parts.iter().all(|l| l.bias.is_some()) || parts.iter().all(|l| l.bias.is_none());
+        let parts = if join && uniform {
+            vec![Linear::join(&parts)?]
+        } else {
+            parts
+        };
         Ok(Self { parts, widths })
     }
 
@@ -123,7 +168,11 @@ impl Joined {
         if let [only] = &self.parts[..] {
             return only.forward(x);
         }
-        let outs: Vec<Tensor> = self.parts.iter().map(|l| l.forward(x)).collect::<Result<_>>()?;
+        let outs: Vec<Tensor> = self
+            .parts
+            .iter()
+            .map(|l| l.forward(x))
+            .collect::<Result<_>>()?;
         Ok(Tensor::f_cat(&outs, -1)?)
     }
 
@@ -153,7 +202,10 @@ mod tests {
             let apart = Joined::new(layers(), false).unwrap().forward(&x).unwrap();
             let joined = Joined::new(layers(), true).unwrap();
             assert_eq!(joined.bytes(), 4 * 9 * 5);
-            let diff = (apart - joined.forward(&x).unwrap()).abs().max().double_value(&[]);
+            let diff = (apart - joined.forward(&x).unwrap())
+                .abs()
+                .max()
+                .double_value(&[]);
             assert!(diff < 1e-6, "{diff}");
         }
     }
@@ -162,8 +214,13 @@ mod tests {
     fn sixteen_bit_weights_take_and_give_f32() {
         let p = ParamBuilder::init(7, Kind::BFloat16, Device::Cpu);
         let l = Linear::new(&p, 4, 3, true, Init::Normal(1.0)).unwrap();
-        let y = l.forward(&Tensor::ones([2, 4], (Kind::Float, Device::Cpu))).unwrap();
+        let y = l
+            .forward(&Tensor::ones([2, 4], (Kind::Float, Device::Cpu)))
+            .unwrap();
         assert_eq!((y.kind(), y.size()), (Kind::Float, vec![2, 3]));
-        assert!(l.forward(&Tensor::ones([2, 5], (Kind::Float, Device::Cpu))).is_err());
+        assert!(
+            l.forward(&Tensor::ones([2, 5], (Kind::Float, Device::Cpu)))
+                .is_err()
+        );
     }
 }

@@ -62,7 +62,9 @@ impl Mask {
     /// # Errors
     /// [`Error::Limits`] when it would hold more than 2^30 numbers.
     pub fn additive(&self, queries: &[i64], keys: &[i64], device: Device) -> Result<Tensor> {
-        additive(queries.len(), keys.len(), device, |i, j| self.allows(queries[i], keys[j]))
+        additive(queries.len(), keys.len(), device, |i, j| {
+            self.allows(queries[i], keys[j])
+        })
     }
 }
 
@@ -70,14 +72,31 @@ impl Mask {
 ///
 /// # Errors
 /// [`Error::Limits`] when it would hold more than 2^30 numbers.
-pub fn additive(rows: usize, cols: usize, device: Device, allowed: impl Fn(usize, usize) -> bool) -> Result<Tensor> {
+pub fn additive(
+    rows: usize,
+    cols: usize,
+    device: Device,
+    allowed: impl Fn(usize, usize) -> bool,
+) -> Result<Tensor> {
     let n = rows.checked_mul(cols).filter(|&n| n <= 1 << 30);
-    let n = n.ok_or_else(|| Error::Limits(format!("an attention mask of {rows} x {cols} is too large; use shorter inputs")))?;
+    let n = n.ok_or_else(|| {
+        Error::Limits(format!(
+            "an attention mask of {rows} x {cols} is too large; use shorter inputs"
+        ))
+    })?;
     let mut values = Vec::with_capacity(n);
     for i in 0..rows {
-        values.extend((0..cols).map(|j| if allowed(i, j) { 0.0 } else { f32::NEG_INFINITY }));
+        values.extend((0..cols).map(|j| {
+            if allowed(i, j) {
+                0.0
+            } else {
+                f32::NEG_INFINITY
+            }
+        }));
     }
-    let t = Tensor::from_slice(&values).f_to_kind(Kind::Float)?.f_reshape([rows as i64, cols as i64])?;
+    let t = Tensor::f_from_slice(&values)?
+        .f_to_kind(Kind::Float)?
+        .f_reshape([rows as i64, cols as i64])?;
     Ok(t.f_to_device(device)?)
 }
 

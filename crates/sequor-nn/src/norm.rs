@@ -31,7 +31,12 @@ impl Norm {
             NormKind::Rms => None,
             NormKind::Layer => Some(p.vector("bias", &[dim], Init::Zeros)?),
         };
-        Ok(Self { kind, weight: p.vector("weight", &[dim], Init::Ones)?, bias, eps })
+        Ok(Self {
+            kind,
+            weight: p.vector("weight", &[dim], Init::Ones)?,
+            bias,
+            eps,
+        })
     }
 
     /// `x`: `[.., dim]` f32; the same shape comes back.
@@ -46,9 +51,13 @@ impl Norm {
                 let scale = mean_square.f_add_scalar_(self.eps)?.f_rsqrt_()?;
                 Ok((x.f_mul(&scale)?).f_mul(&self.weight)?)
             }
-            NormKind::Layer => {
-                Ok(x.f_layer_norm(self.weight.size(), Some(&self.weight), self.bias.as_ref(), self.eps, false)?)
-            }
+            NormKind::Layer => Ok(x.f_layer_norm(
+                self.weight.size(),
+                Some(&self.weight),
+                self.bias.as_ref(),
+                self.eps,
+                false,
+            )?),
         }
     }
 }
@@ -62,13 +71,26 @@ mod tests {
     fn both_norms_agree_with_their_definitions() {
         let p = ParamBuilder::init(3, Kind::Float, Device::Cpu);
         let x = Tensor::from_slice(&[1.0f32, -2.0, 4.0, 0.5, 0.25, -3.0]).reshape([2, 3]);
-        let rms = Norm::new(&p.pp("r"), NormKind::Rms, 3, 1e-6).unwrap().forward(&x).unwrap();
+        let rms = Norm::new(&p.pp("r"), NormKind::Rms, 3, 1e-6)
+            .unwrap()
+            .forward(&x)
+            .unwrap();
         let rms: Vec<f32> = Vec::try_from(rms.detach().reshape([-1])).unwrap();
         let scale = ((1.0f32 + 4.0 + 16.0) / 3.0 + 1e-6).sqrt();
         for (got, want) in rms.iter().zip([1.0 / scale, -2.0 / scale, 4.0 / scale]) {
             assert!((got - want).abs() < 1e-6);
         }
-        let layer = Norm::new(&p.pp("l"), NormKind::Layer, 3, 1e-5).unwrap().forward(&x).unwrap();
-        assert!(layer.mean_dim([1i64].as_slice(), false, None).abs().max().double_value(&[]) < 1e-6);
+        let layer = Norm::new(&p.pp("l"), NormKind::Layer, 3, 1e-5)
+            .unwrap()
+            .forward(&x)
+            .unwrap();
+        assert!(
+            layer
+                .mean_dim([1i64].as_slice(), false, None)
+                .abs()
+                .max()
+                .double_value(&[])
+                < 1e-6
+        );
     }
 }

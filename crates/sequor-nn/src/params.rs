@@ -103,7 +103,11 @@ impl fmt::Display for MismatchReport {
         }
         rest(f, self.missing.len())?;
         for m in self.misshaped.iter().take(LISTED) {
-            write!(f, "\n  shape: {} is {:?} in the file, the model needs {:?}", m.name, m.found, m.expected)?;
+            write!(
+                f,
+                "\n  shape: {} is {:?} in the file, the model needs {:?}",
+                m.name, m.found, m.expected
+            )?;
         }
         rest(f, self.misshaped.len())?;
         for name in self.unexpected.iter().take(LISTED) {
@@ -114,7 +118,11 @@ impl fmt::Display for MismatchReport {
 }
 
 fn rest(f: &mut fmt::Formatter<'_>, n: usize) -> fmt::Result {
-    if n > LISTED { write!(f, "\n  ... and {} more", n - LISTED) } else { Ok(()) }
+    if n > LISTED {
+        write!(f, "\n  ... and {} more", n - LISTED)
+    } else {
+        Ok(())
+    }
 }
 
 impl std::error::Error for MismatchReport {}
@@ -154,8 +162,17 @@ pub struct ParamBuilder {
 
 impl ParamBuilder {
     fn new(source: Option<Rc<dyn TensorSource>>, mode: Mode, kind: Kind, device: Device) -> Self {
-        let shared = Shared { source, mode, kind, device, account: RefCell::default() };
-        Self { shared: Rc::new(shared), prefix: String::new() }
+        let shared = Shared {
+            source,
+            mode,
+            kind,
+            device,
+            account: RefCell::default(),
+        };
+        Self {
+            shared: Rc::new(shared),
+            prefix: String::new(),
+        }
     }
 
     /// Parameters from a checkpoint, for inference. Matrices are converted to `kind`.
@@ -179,13 +196,19 @@ impl ParamBuilder {
     #[must_use]
     pub fn dry_run(&self) -> Self {
         let s = &self.shared;
-        Self { prefix: self.prefix.clone(), ..Self::new(s.source.clone(), Mode::DryRun, s.kind, s.device) }
+        Self {
+            prefix: self.prefix.clone(),
+            ..Self::new(s.source.clone(), Mode::DryRun, s.kind, s.device)
+        }
     }
 
     /// The builder for the part of the model called `name`.
     #[must_use]
     pub fn pp(&self, name: impl fmt::Display) -> Self {
-        Self { shared: self.shared.clone(), prefix: format!("{}{name}.", self.prefix) }
+        Self {
+            shared: self.shared.clone(),
+            prefix: format!("{}{name}.", self.prefix),
+        }
     }
 
     /// May a layer join its matrices into one copy? Only for inference: a parameter in
@@ -202,12 +225,19 @@ impl ParamBuilder {
     /// Does the checkpoint have this tensor? (Always false without a checkpoint.)
     pub fn has(&self, name: &str) -> bool {
         let full = format!("{}{name}", self.prefix);
-        self.shared.source.as_ref().is_some_and(|s| s.info(&full).is_some())
+        self.shared
+            .source
+            .as_ref()
+            .is_some_and(|s| s.info(&full).is_some())
     }
 
     /// Says that a tensor may be in the file and is not wanted.
     pub fn ignore(&self, name: &str) {
-        self.shared.account.borrow_mut().requested.insert(format!("{}{name}", self.prefix));
+        self.shared
+            .account
+            .borrow_mut()
+            .requested
+            .insert(format!("{}{name}", self.prefix));
     }
 
     /// The matrix `name` of the given shape, in the chosen number format.
@@ -230,7 +260,11 @@ impl ParamBuilder {
     fn get(&self, name: &str, shape: &[i64], init: Init, role: Role) -> Result<Tensor> {
         let s = &*self.shared;
         let full = format!("{}{name}", self.prefix);
-        let kind = if role == Role::Matrix { s.kind } else { Kind::Float };
+        let kind = if role == Role::Matrix {
+            s.kind
+        } else {
+            Kind::Float
+        };
         if let Some((t, _)) = s.account.borrow().params.get(&full) {
             return Ok(t.shallow_clone()); // a tied parameter, asked for twice
         }
@@ -238,9 +272,15 @@ impl ParamBuilder {
         let value = match &s.source {
             Some(source) => match source.info(&full) {
                 Some(info) if info.shape == shape && s.mode == Mode::DryRun => None,
-                Some(info) if info.shape == shape => Some(source.load(&full)?.f_to_kind(kind)?.f_to_device(s.device)?),
+                Some(info) if info.shape == shape => {
+                    Some(source.load(&full)?.f_to_kind(kind)?.f_to_device(s.device)?)
+                }
                 Some(info) => {
-                    let m = Misshaped { name: full.clone(), expected: shape.to_vec(), found: info.shape };
+                    let m = Misshaped {
+                        name: full.clone(),
+                        expected: shape.to_vec(),
+                        found: info.shape,
+                    };
                     s.account.borrow_mut().misshaped.push(m);
                     None
                 }
@@ -250,8 +290,14 @@ impl ParamBuilder {
                 }
             },
             None => {
-                let Mode::Train(seed) = s.mode else { return Err(Error::Config("no checkpoint to load from".into())) };
-                Some(draw(Key::new(seed, name_hash(&full)), shape, init)?.f_to_kind(kind)?.f_to_device(s.device)?)
+                let Mode::Train(seed) = s.mode else {
+                    return Err(Error::Config("no checkpoint to load from".into()));
+                };
+                Some(
+                    draw(Key::new(seed, name_hash(&full)), shape, init)?
+                        .f_to_kind(kind)?
+                        .f_to_device(s.device)?,
+                )
             }
         };
         // A stand-in that costs no memory lets the construction go on to collect
@@ -261,7 +307,10 @@ impl ParamBuilder {
         };
         if matches!(s.mode, Mode::Train(_)) {
             let value = value.f_set_requires_grad(true)?;
-            s.account.borrow_mut().params.insert(full, (value.shallow_clone(), role));
+            s.account
+                .borrow_mut()
+                .params
+                .insert(full, (value.shallow_clone(), role));
             return Ok(value);
         }
         Ok(value)
@@ -273,19 +322,32 @@ impl ParamBuilder {
     /// [`Error::Mismatch`] with the whole list when a tensor of the checkpoint is
     /// missing, has another shape, or has no place in the model.
     pub fn finish(&self) -> Result<()> {
-        let Some(source) = &self.shared.source else { return Ok(()) };
+        let Some(source) = &self.shared.source else {
+            return Ok(());
+        };
         let a = self.shared.account.borrow();
-        let unexpected: Vec<String> =
-            source.names().into_iter().filter(|n| !a.requested.contains(n) && !is_buffer(n)).collect();
+        let unexpected: Vec<String> = source
+            .names()
+            .into_iter()
+            .filter(|n| !a.requested.contains(n) && !is_buffer(n))
+            .collect();
         if a.missing.is_empty() && a.misshaped.is_empty() && unexpected.is_empty() {
             return Ok(());
         }
         let missing = a
             .missing
             .iter()
-            .map(|name| Missing { name: name.clone(), nearest: nearest(name, &unexpected) })
+            .map(|name| Missing {
+                name: name.clone(),
+                nearest: nearest(name, &unexpected),
+            })
             .collect();
-        let report = MismatchReport { path: source.path().to_path_buf(), missing, unexpected, misshaped: a.misshaped.clone() };
+        let report = MismatchReport {
+            path: source.path().to_path_buf(),
+            missing,
+            unexpected,
+            misshaped: a.misshaped.clone(),
+        };
         Err(Error::Mismatch(Box::new(report)))
     }
 
@@ -294,19 +356,27 @@ impl ParamBuilder {
         let a = self.shared.account.borrow();
         a.params
             .iter()
-            .map(|(name, (tensor, role))| Param { name: name.clone(), tensor: tensor.shallow_clone(), role: *role })
+            .map(|(name, (tensor, role))| Param {
+                name: name.clone(),
+                tensor: tensor.shallow_clone(),
+                role: *role,
+            })
             .collect()
     }
 }
 
 /// Tables that some files carry and every implementation recomputes.
 fn is_buffer(name: &str) -> bool {
-    name.ends_with("rotary_emb.inv_freq") || name.ends_with(".attn.masked_bias") || name.ends_with(".attn.bias")
+    name.ends_with("rotary_emb.inv_freq")
+        || name.ends_with(".attn.masked_bias")
+        || name.ends_with(".attn.bias")
 }
 
 fn name_hash(name: &str) -> u64 {
     // FNV-1a: stable across platforms and versions.
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 fn draw(key: Key, shape: &[i64], init: Init) -> Result<Tensor> {
@@ -317,8 +387,12 @@ fn draw(key: Key, shape: &[i64], init: Init) -> Result<Tensor> {
         Init::Normal(std) => std,
         Init::Uniform(bound) => bound,
     };
-    let n = shape.iter().try_fold(1usize, |n, &d| usize::try_from(d).ok().and_then(|d| n.checked_mul(d)));
-    let n = n.filter(|&n| n <= 1 << 33).ok_or_else(|| Error::Limits(format!("a parameter of shape {shape:?} is too large")))?;
+    let n = shape.iter().try_fold(1usize, |n, &d| {
+        usize::try_from(d).ok().and_then(|d| n.checked_mul(d))
+    });
+    let n = n
+        .filter(|&n| n <= 1 << 33)
+        .ok_or_else(|| Error::Limits(format!("a parameter of shape {shape:?} is too large")))?;
     let mut values = vec![0f32; n];
     let mut stream = key.stream(0, Purpose::Init);
     match init {
@@ -336,8 +410,14 @@ fn draw(key: Key, shape: &[i64], init: Init) -> Result<Tensor> {
 fn nearest(name: &str, candidates: &[String]) -> Option<String> {
     let limit = name.len() / 2;
     // The distance is quadratic: a hostile file with long names must not stall us.
-    let near = candidates.iter().take(2000).filter(|c| c.len() <= 256 && c.len().abs_diff(name.len()) <= limit);
-    near.map(|c| (edit_distance(name, c), c)).filter(|(d, _)| *d <= limit).min().map(|(_, c)| c.clone())
+    let near = candidates
+        .iter()
+        .take(2000)
+        .filter(|c| c.len() <= 256 && c.len().abs_diff(name.len()) <= limit);
+    near.map(|c| (edit_distance(name, c), c))
+        .filter(|(d, _)| *d <= limit)
+        .min()
+        .map(|(_, c)| c.clone())
 }
 
 fn edit_distance(a: &str, b: &str) -> usize {
@@ -372,7 +452,12 @@ mod tests {
         }
         fn info(&self, name: &str) -> Option<TensorInfo> {
             let t = self.0.get(name)?;
-            Some(TensorInfo { shape: t.size(), dtype: SourceDtype::F32, bytes: 4, file: "fake.safetensors".into() })
+            Some(TensorInfo {
+                shape: t.size(),
+                dtype: SourceDtype::F32,
+                bytes: 4,
+                file: "fake.safetensors".into(),
+            })
         }
         fn load(&self, name: &str) -> Result<Tensor> {
             Ok(self.0[name].shallow_clone())
@@ -385,21 +470,36 @@ mod tests {
 
     #[test]
     fn one_error_lists_everything() {
-        let tensors = [("a.weight", &[2, 3][..]), ("b.wieght", &[2]), ("c", &[4]), ("x.rotary_emb.inv_freq", &[1])];
-        let fake = Fake(tensors.iter().map(|(n, s)| ((*n).to_owned(), zeros(s))).collect());
+        let tensors = [
+            ("a.weight", &[2, 3][..]),
+            ("b.wieght", &[2]),
+            ("c", &[4]),
+            ("x.rotary_emb.inv_freq", &[1]),
+        ];
+        let fake = Fake(
+            tensors
+                .iter()
+                .map(|(n, s)| ((*n).to_owned(), zeros(s)))
+                .collect(),
+        );
         let b = ParamBuilder::load(Box::new(fake), Kind::Float, Device::Cpu);
         let _ = b.pp("a").matrix("weight", &[2, 3], Init::Zeros).unwrap();
         let _ = b.pp("b").vector("weight", &[2], Init::Ones).unwrap();
         let _ = b.vector("c", &[5], Init::Ones).unwrap();
         // An absurd size costs nothing when the tensor is not there.
         let _ = b.vector("huge", &[1 << 40], Init::Ones).unwrap();
-        let Err(Error::Mismatch(r)) = b.finish() else { panic!("expected a report") };
+        let Err(Error::Mismatch(r)) = b.finish() else {
+            panic!("expected a report")
+        };
         assert_eq!(r.missing.len(), 2);
         assert_eq!(r.missing[0].nearest.as_deref(), Some("b.wieght"));
         assert_eq!(r.unexpected, ["b.wieght"]);
         assert_eq!(r.misshaped[0].found, [4]);
         let text = r.to_string();
-        assert!(text.contains("b.weight (nearest in the file: b.wieght)"), "{text}");
+        assert!(
+            text.contains("b.weight (nearest in the file: b.wieght)"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -91,13 +91,23 @@ impl Rope {
     /// scaling has impossible numbers.
     pub fn new(dim: usize, theta: f64, pairing: Pairing, scaling: Scaling) -> Result<Self> {
         if dim == 0 || !dim.is_multiple_of(2) {
-            return Err(Error::Config(format!("rotary embedding needs an even number of channels, not {dim}")));
+            return Err(Error::Config(format!(
+                "rotary embedding needs an even number of channels, not {dim}"
+            )));
         }
         if !(theta.is_finite() && theta > 0.0) {
-            return Err(Error::Config(format!("rope_theta must be positive, not {theta}")));
+            return Err(Error::Config(format!(
+                "rope_theta must be positive, not {theta}"
+            )));
         }
         check(&scaling, dim)?;
-        Ok(Self { dim, theta, pairing, scaling, axes: vec![0; dim / 2] })
+        Ok(Self {
+            dim,
+            theta,
+            pairing,
+            scaling,
+            axes: vec![0; dim / 2],
+        })
     }
 
     /// Gives each frequency an axis of its own choosing (`axes[j]` for frequency `j`).
@@ -106,7 +116,11 @@ impl Rope {
     /// [`Error::Config`] when there is not one axis per frequency.
     pub fn with_axes(mut self, axes: Vec<usize>) -> Result<Self> {
         if axes.len() != self.dim / 2 {
-            return Err(Error::Config(format!("{} axes for {} rotary frequencies", axes.len(), self.dim / 2)));
+            return Err(Error::Config(format!(
+                "{} axes for {} rotary frequencies",
+                axes.len(),
+                self.dim / 2
+            )));
         }
         self.axes = axes;
         Ok(self)
@@ -120,7 +134,8 @@ impl Rope {
     /// Frequencies (radians per position) for a sequence of `len` positions.
     pub fn frequencies(&self, len: f64) -> Vec<f32> {
         let dim = self.dim as f64;
-        let plain = |theta: f64| (0..self.dim / 2).map(move |j| theta.powf(-(2.0 * j as f64) / dim));
+        let plain =
+            |theta: f64| (0..self.dim / 2).map(move |j| theta.powf(-(2.0 * j as f64) / dim));
         let f: Vec<f64> = match &self.scaling {
             Scaling::None => plain(self.theta).collect(),
             Scaling::Linear { factor } => plain(self.theta).map(|f| f / factor).collect(),
@@ -129,7 +144,12 @@ impl Rope {
                 let stretch = (factor * len / original) - (factor - 1.0);
                 plain(self.theta * stretch.powf(dim / (dim - 2.0))).collect()
             }
-            Scaling::Llama3 { factor, low, high, original } => plain(self.theta)
+            Scaling::Llama3 {
+                factor,
+                low,
+                high,
+                original,
+            } => plain(self.theta)
                 .map(|f| {
                     let turns = original * f / std::f64::consts::TAU;
                     if turns < *low {
@@ -142,9 +162,18 @@ impl Rope {
                     }
                 })
                 .collect(),
-            Scaling::Yarn { factor, original, beta_fast, beta_slow, truncate, .. } => {
+            Scaling::Yarn {
+                factor,
+                original,
+                beta_fast,
+                beta_slow,
+                truncate,
+                ..
+            } => {
                 // The channel at which a frequency makes `n` turns over the trained context.
-                let channel = |n: f64| dim * (original / (n * std::f64::consts::TAU)).ln() / (2.0 * self.theta.ln());
+                let channel = |n: f64| {
+                    dim * (original / (n * std::f64::consts::TAU)).ln() / (2.0 * self.theta.ln())
+                };
                 let (mut low, mut high) = (channel(*beta_fast), channel(*beta_slow));
                 if *truncate {
                     (low, high) = (low.floor(), high.ceil());
@@ -161,9 +190,17 @@ impl Rope {
                     })
                     .collect()
             }
-            Scaling::LongRope { short, long, original, .. } => {
+            Scaling::LongRope {
+                short,
+                long,
+                original,
+                ..
+            } => {
                 let divisors = if len > *original { long } else { short };
-                plain(self.theta).zip(divisors).map(|(f, d)| f / d).collect()
+                plain(self.theta)
+                    .zip(divisors)
+                    .map(|(f, d)| f / d)
+                    .collect()
             }
         };
         f.into_iter().map(|f| f as f32).collect()
@@ -171,7 +208,12 @@ impl Rope {
 
     fn magnitude(&self) -> f32 {
         match self.scaling {
-            Scaling::Yarn { attention_factor, .. } | Scaling::LongRope { attention_factor, .. } => attention_factor as f32,
+            Scaling::Yarn {
+                attention_factor, ..
+            }
+            | Scaling::LongRope {
+                attention_factor, ..
+            } => attention_factor as f32,
             _ => 1.0,
         }
     }
@@ -184,17 +226,30 @@ impl Rope {
         let rows = positions.first().map_or(0, |p| p.len());
         let needed = self.axes.iter().max().map_or(0, |a| a + 1);
         if positions.len() < needed || positions.iter().any(|p| p.len() != rows) {
-            return Err(Error::Input(format!("rotary positions must give {needed} axes of equal length")));
+            return Err(Error::Input(format!(
+                "rotary positions must give {needed} axes of equal length"
+            )));
         }
-        let len = positions.iter().flat_map(|p| p.iter()).fold(0f32, |m, &p| m.max(p)) + 1.0;
+        let len = positions
+            .iter()
+            .flat_map(|p| p.iter())
+            .fold(0f32, |m, &p| m.max(p))
+            + 1.0;
         let freqs = self.frequencies(f64::from(len));
         let magnitude = self.magnitude();
         let half = self.dim / 2;
         let (mut cos, mut sin) = (vec![0f32; rows * self.dim], vec![0f32; rows * self.dim]);
-        for (row, (cos, sin)) in cos.chunks_exact_mut(self.dim).zip(sin.chunks_exact_mut(self.dim)).enumerate() {
+        for (row, (cos, sin)) in cos
+            .chunks_exact_mut(self.dim)
+            .zip(sin.chunks_exact_mut(self.dim))
+            .enumerate()
+        {
             for (j, (&f, &axis)) in freqs.iter().zip(&self.axes).enumerate() {
                 let angle = positions[axis][row] * f;
-                let (s, c) = (f64::from(angle).sin() as f32 * magnitude, f64::from(angle).cos() as f32 * magnitude);
+                let (s, c) = (
+                    f64::from(angle).sin() as f32 * magnitude,
+                    f64::from(angle).cos() as f32 * magnitude,
+                );
                 let (a, b) = match self.pairing {
                     Pairing::Halves => (j, j + half),
                     Pairing::Neighbours => (2 * j, 2 * j + 1),
@@ -206,23 +261,41 @@ impl Rope {
             }
         }
         let shape = [rows as i64, 1, self.dim as i64];
-        let tensor = |v: &[f32]| -> Result<Tensor> { Ok(Tensor::from_slice(v).f_reshape(shape)?.f_to_device(device)?) };
-        Ok(RopeTables { cos: tensor(&cos)?, sin: tensor(&sin)?, dim: self.dim as i64, pairing: self.pairing })
+        let tensor = |v: &[f32]| -> Result<Tensor> {
+            Ok(Tensor::f_from_slice(v)?
+                .f_reshape(shape)?
+                .f_to_device(device)?)
+        };
+        Ok(RopeTables {
+            cos: tensor(&cos)?,
+            sin: tensor(&sin)?,
+            dim: self.dim as i64,
+            pairing: self.pairing,
+        })
     }
 }
 
 fn check(scaling: &Scaling, dim: usize) -> Result<()> {
-    let bad = |what: &str, v: f64| Err(Error::Config(format!("rope scaling: {what} must be a positive number, not {v}")));
+    let bad = |what: &str, v: f64| {
+        Err(Error::Config(format!(
+            "rope scaling: {what} must be a positive number, not {v}"
+        )))
+    };
     let positive = |v: f64| v.is_finite() && v > 0.0;
     match scaling {
         Scaling::None => {}
-        Scaling::Linear { factor } | Scaling::Dynamic { factor, .. } | Scaling::Llama3 { factor, .. } | Scaling::Yarn { factor, .. }
+        Scaling::Linear { factor }
+        | Scaling::Dynamic { factor, .. }
+        | Scaling::Llama3 { factor, .. }
+        | Scaling::Yarn { factor, .. }
             if !positive(*factor) =>
         {
             return bad("factor", *factor);
         }
-        Scaling::Llama3 { low, high, .. } if !(low < high) => {
-            return Err(Error::Config(format!("rope scaling: low_freq_factor {low} must be below high_freq_factor {high}")));
+        Scaling::Llama3 { low, high, .. } if low.partial_cmp(high) != Some(std::cmp::Ordering::Less) => {
+            return Err(Error::Config(format!(
+                "rope scaling: low_freq_factor {low} must be below high_freq_factor {high}"
+            )));
         }
         Scaling::Dynamic { original, .. }
         | Scaling::Llama3 { original, .. }
@@ -233,7 +306,9 @@ fn check(scaling: &Scaling, dim: usize) -> Result<()> {
             return bad("original_max_position_embeddings", *original);
         }
         Scaling::Dynamic { .. } if dim <= 2 => {
-            return Err(Error::Config("dynamic rope scaling needs more than 2 rotated channels".into()));
+            return Err(Error::Config(
+                "dynamic rope scaling needs more than 2 rotated channels".into(),
+            ));
         }
         Scaling::LongRope { short, long, .. } => {
             for (name, list) in [("short_factor", short), ("long_factor", long)] {
@@ -271,13 +346,19 @@ impl RopeTables {
             return self.rotate(x);
         }
         let rotated = self.rotate(&x.f_narrow(-1, 0, self.dim)?)?;
-        Ok(Tensor::f_cat(&[rotated, x.f_narrow(-1, self.dim, head_dim - self.dim)?], -1)?)
+        Ok(Tensor::f_cat(
+            &[rotated, x.f_narrow(-1, self.dim, head_dim - self.dim)?],
+            -1,
+        )?)
     }
 
     fn rotate(&self, x: &Tensor) -> Result<Tensor> {
         let partner = match self.pairing {
             Pairing::Halves => x.f_roll([self.dim / 2].as_slice(), [-1i64].as_slice())?,
-            Pairing::Neighbours => x.f_unflatten(-1, [self.dim / 2, 2].as_slice())?.f_flip([-1i64].as_slice())?.f_flatten(-2, -1)?,
+            Pairing::Neighbours => x
+                .f_unflatten(-1, [self.dim / 2, 2].as_slice())?
+                .f_flip([-1i64].as_slice())?
+                .f_flatten(-2, -1)?,
         };
         Ok(x.f_mul(&self.cos)?.f_addcmul(&partner, &self.sin)?)
     }
@@ -289,7 +370,11 @@ mod tests {
     use tch::Kind;
 
     fn rotated(rope: &Rope, positions: &[&[f32]], x: &Tensor) -> Vec<f32> {
-        let y = rope.tables(positions, Device::Cpu).unwrap().apply(x).unwrap();
+        let y = rope
+            .tables(positions, Device::Cpu)
+            .unwrap()
+            .apply(x)
+            .unwrap();
         Vec::try_from(y.reshape([-1])).unwrap()
     }
 
@@ -303,7 +388,8 @@ mod tests {
         let k = Tensor::from_slice(&[1.3f32, 0.2, -0.4, 0.5, -1.1, 0.6]).reshape([1, 1, 6]);
         for pairing in [Pairing::Halves, Pairing::Neighbours] {
             let rope = Rope::new(6, 10_000.0, pairing, Scaling::None).unwrap();
-            let product = |m: f32, n: f32| dot(&rotated(&rope, &[&[m]], &q), &rotated(&rope, &[&[n]], &k));
+            let product =
+                |m: f32, n: f32| dot(&rotated(&rope, &[&[m]], &q), &rotated(&rope, &[&[n]], &k));
             assert!((product(7.0, 3.0) - product(104.0, 100.0)).abs() < 1e-4);
             assert!((product(7.0, 3.0) - product(3.0, 7.0)).abs() > 1e-3);
             let r = rotated(&rope, &[&[55.0]], &q);
@@ -327,7 +413,10 @@ mod tests {
 
     #[test]
     fn an_inactive_axis_does_not_turn_and_extra_channels_pass() {
-        let rope = Rope::new(4, 100.0, Pairing::Halves, Scaling::None).unwrap().with_axes(vec![0, 1]).unwrap();
+        let rope = Rope::new(4, 100.0, Pairing::Halves, Scaling::None)
+            .unwrap()
+            .with_axes(vec![0, 1])
+            .unwrap();
         let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 9.0]).reshape([1, 1, 5]);
         let y = rotated(&rope, &[&[3.0], &[0.0]], &x);
         assert_eq!((y[1], y[3], y[4]), (2.0, 4.0, 9.0));
@@ -337,20 +426,42 @@ mod tests {
 
     #[test]
     fn scalings_reduce_to_plain_and_keep_their_ends() {
-        let plain = Rope::new(64, 500_000.0, Pairing::Halves, Scaling::None).unwrap().frequencies(10.0);
+        let plain = Rope::new(64, 500_000.0, Pairing::Halves, Scaling::None)
+            .unwrap()
+            .frequencies(10.0);
         let with = |s| Rope::new(64, 500_000.0, Pairing::Halves, s).unwrap();
-        let llama = with(Scaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 8192.0 }).frequencies(10.0);
+        let llama = with(Scaling::Llama3 {
+            factor: 8.0,
+            low: 1.0,
+            high: 4.0,
+            original: 8192.0,
+        })
+        .frequencies(10.0);
         assert_eq!(llama[0], plain[0]);
         assert!((llama[31] - plain[31] / 8.0).abs() < 1e-12);
         assert!(llama.windows(2).all(|w| w[0] > w[1]));
-        let dynamic = with(Scaling::Dynamic { factor: 2.0, original: 128.0 });
+        let dynamic = with(Scaling::Dynamic {
+            factor: 2.0,
+            original: 128.0,
+        });
         assert_eq!(dynamic.frequencies(100.0), plain);
         assert!(dynamic.frequencies(500.0)[31] < plain[31]);
-        let yarn =
-            with(Scaling::Yarn { factor: 4.0, original: 4096.0, beta_fast: 32.0, beta_slow: 1.0, truncate: true, attention_factor: 1.1 });
+        let yarn = with(Scaling::Yarn {
+            factor: 4.0,
+            original: 4096.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            truncate: true,
+            attention_factor: 1.1,
+        });
         assert_eq!(yarn.frequencies(1.0)[0], plain[0]);
         assert!((yarn.frequencies(1.0)[31] - plain[31] / 4.0).abs() < 1e-12);
-        let long = with(Scaling::LongRope { short: vec![1.0; 32], long: vec![2.0; 32], original: 64.0, attention_factor: 1.0 });
+        let long = with(Scaling::LongRope {
+            short: vec![1.0; 32],
+            long: vec![2.0; 32],
+            original: 64.0,
+            attention_factor: 1.0,
+        });
         assert_eq!(long.frequencies(64.0), plain);
         assert_eq!(long.frequencies(65.0)[3], plain[3] / 2.0);
     }
@@ -361,7 +472,19 @@ mod tests {
         assert!(new(5, 1e4, Scaling::None).is_err());
         assert!(new(4, f64::NAN, Scaling::None).is_err());
         assert!(new(4, 1e4, Scaling::Linear { factor: 0.0 }).is_err());
-        assert!(new(4, 1e4, Scaling::LongRope { short: vec![1.0], long: vec![1.0], original: 4.0, attention_factor: 1.0 }).is_err());
+        assert!(
+            new(
+                4,
+                1e4,
+                Scaling::LongRope {
+                    short: vec![1.0],
+                    long: vec![1.0],
+                    original: 4.0,
+                    attention_factor: 1.0
+                }
+            )
+            .is_err()
+        );
         assert_eq!(Tensor::ones([1], (Kind::Float, Device::Cpu)).size(), [1]);
     }
 }

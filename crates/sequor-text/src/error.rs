@@ -84,7 +84,7 @@ impl From<sequor_data::Error> for Error {
 impl From<sequor_train::Error> for Error {
     fn from(e: sequor_train::Error) -> Self {
         match e {
-            sequor_train::Error::Cancelled { .. } => Self::Cancelled,
+            sequor_train::Error::Cancelled => Self::Cancelled,
             e => Self::Train(e),
         }
     }

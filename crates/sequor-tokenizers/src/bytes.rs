@@ -49,7 +49,9 @@ impl Tokenizer {
     fn built(tokens: &[String], definition: &Definition<'_>) -> Result<Self> {
         let mut seen = BTreeSet::new();
         if let Some(twice) = tokens.iter().find(|t| !seen.insert(t.as_str())) {
-            return Err(Error::Config(format!("the token {twice:?} is there already; name another special token")));
+            return Err(Error::Config(format!(
+                "the token {twice:?} is there already; name another special token"
+            )));
         }
         Self::from_json_bytes(&definition.to_json()?)
     }
@@ -58,7 +60,13 @@ impl Tokenizer {
 /// Special tokens with ids from `first` on.
 pub(crate) fn special<'a>(tokens: &[&'a str], first: u32) -> Result<Vec<AddedToken<'a>>> {
     if tokens.iter().any(|t| t.is_empty()) {
-        return Err(Error::Config("a special token is empty; give it a name such as \"<|endoftext|>\"".to_owned()));
+        return Err(Error::Config(
+            "a special token is empty; give it a name such as \"<|endoftext|>\"".to_owned(),
+        ));
     }
-    Ok(tokens.iter().zip(first..).map(|(text, id)| AddedToken::new(id, text, true)).collect())
+    Ok(tokens
+        .iter()
+        .zip(first..)
+        .map(|(text, id)| AddedToken::new(id, text, true))
+        .collect())
 }

@@ -9,6 +9,7 @@ use minijinja::{AutoEscape, Environment, ErrorKind, Output, State};
 use serde::{Deserialize, Serialize};
 
 use crate::python::{self, JsonStyle};
+use crate::sandbox::{check_namespaces, on_large_stack};
 use crate::strftime::strftime;
 use crate::{Error, Result};
 
@@ -19,7 +20,9 @@ const MAX_PROMPT_BYTES: usize = 64 << 20;
 /// Steps that a template may take, whatever the conversation.
 const BASE_FUEL: u64 = 200_000;
 /// Steps that it may take on top for every message.
-const FUEL_PER_MESSAGE: u64 = 5_000;
+const FUEL_PER_MESSAGE: u64 = 500;
+/// Steps that no template may exceed: they also bound how deeply values nest.
+const MAX_FUEL: u64 = 4_000_000;
 /// Deepest nesting of macro calls and recursive loops.
 const MAX_RECURSION: usize = 100;
 
@@ -35,7 +38,10 @@ pub struct Message {
 impl Message {
     /// A message with any role.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into() }
+        Self {
+            role: role.into(),
+            content: content.into(),
+        }
     }
 
     /// Standing instructions; the first message where there are any.
@@ -93,10 +99,14 @@ impl Default for ChatOptions {
 /// system prompt that the model has by default is the template's own business.
 ///
 /// Templates come with models, so they are not trusted: they reach nothing but
-/// what they are given, and the number of their steps and the length of the
-/// prompt are limited. Strings that a template builds on the way are limited
-/// only through the steps: where models come from strangers, run them in a
-/// process with a memory limit.
+/// what they are given, the number of their steps, the depth of their recursion
+/// and the length of the prompt are limited, and a namespace can only be used
+/// by its attributes, so that no value holds itself.
+///
+/// What is *not* limited is the work and the memory of a single step: a
+/// template that doubles a string (or shares a list) again and again can
+/// exhaust memory or take very long. Where models come from strangers, render
+/// in a process with limits of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChatTemplate {
     source: Arc<str>,
@@ -127,7 +137,9 @@ impl ChatTemplate {
     /// A template that is checked when it is first used: a model whose
     /// template is broken can still complete plain text.
     pub(crate) fn unchecked(source: impl Into<String>) -> Self {
-        Self { source: source.into().into() }
+        Self {
+            source: source.into().into(),
+        }
     }
 
     /// The ChatML format, for a model that was trained on it and came without
@@ -153,16 +165,33 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[Message], options: &ChatOptions) -> Result<String> {
         let mut context: Vec<(String, Value)> = vec![
             ("messages".to_owned(), Value::from_serialize(messages)),
-            ("add_generation_prompt".to_owned(), options.add_generation_prompt.into()),
+            (
+                "add_generation_prompt".to_owned(),
+                options.add_generation_prompt.into(),
+            ),
             ("tools".to_owned(), ().into()),
             ("documents".to_owned(), ().into()),
         ];
-        let tokens = [("bos_token", &options.bos_token), ("eos_token", &options.eos_token)];
-        context.extend(tokens.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v.as_deref()?.into()))));
-        context.extend(options.extra.iter().map(|(k, v)| (k.clone(), Value::from_serialize(v))));
+        let tokens = [
+            ("bos_token", &options.bos_token),
+            ("eos_token", &options.eos_token),
+        ];
+        context.extend(
+            tokens
+                .into_iter()
+                .filter_map(|(k, v)| Some((k.to_owned(), v.as_deref()?.into()))),
+        );
+        context.extend(
+            options
+                .extra
+                .iter()
+                .map(|(k, v)| (k.clone(), Value::from_serialize(v))),
+        );
         let context: Value = context.into_iter().collect();
 
-        let fuel = BASE_FUEL.saturating_add(FUEL_PER_MESSAGE.saturating_mul(messages.len() as u64));
+        let fuel = BASE_FUEL
+            .saturating_add(FUEL_PER_MESSAGE.saturating_mul(messages.len() as u64))
+            .min(MAX_FUEL);
         let now = options.now.unwrap_or_else(unix_seconds);
         self.with_compiled(fuel, now, |template| {
             let mut prompt = Prompt(Vec::new());
@@ -170,16 +199,18 @@ impl ChatTemplate {
             Ok(prompt.0)
         })
         .and_then(|bytes| {
-            String::from_utf8(bytes)
-                .map_err(|_| Error::Template { line: None, reason: "it wrote text that is not UTF-8".to_owned() })
+            String::from_utf8(bytes).map_err(|_| Error::Template {
+                line: None,
+                reason: "it wrote text that is not UTF-8".to_owned(),
+            })
         })
     }
 
-    fn with_compiled<T>(
+    fn with_compiled<T: Send>(
         &self,
         fuel: u64,
         now: i64,
-        then: impl FnOnce(&minijinja::Template<'_, '_>) -> Result<T, minijinja::Error>,
+        then: impl FnOnce(&minijinja::Template<'_, '_>) -> Result<T, minijinja::Error> + Send,
     ) -> Result<T> {
         if self.source.len() > MAX_SOURCE_BYTES {
             return Err(Error::Limits(format!(
@@ -187,10 +218,15 @@ impl ChatTemplate {
                 self.source.len()
             )));
         }
+        check_namespaces(&self.source)?;
         let source = without_generation_tags(&self.source);
-        let environment = environment(fuel, now);
-        let template = environment.template_from_named_str("chat_template", &source);
-        template.and_then(|template| then(&template)).map_err(describe)
+        on_large_stack(|| {
+            let environment = environment(fuel, now);
+            let template = environment.template_from_named_str("chat_template", &source);
+            template
+                .and_then(|template| then(&template))
+                .map_err(describe)
+        })
     }
 }
 
@@ -218,14 +254,17 @@ fn environment(fuel: u64, now: i64) -> Environment<'static> {
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_recursion_limit(MAX_RECURSION);
     environment.set_fuel(Some(fuel));
+    environment.remove_global("debug");
     environment.set_formatter(print);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_filter("tojson", tojson);
-    environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
-        Err(failure(message))
-    });
+    environment.add_function(
+        "raise_exception",
+        |message: String| -> Result<Value, minijinja::Error> { Err(failure(message)) },
+    );
     environment.add_function("strftime_now", move |format: &str| {
-        strftime(format, now).map_err(|field| failure(format!("strftime_now does not know {field:?}")))
+        strftime(format, now)
+            .map_err(|field| failure(format!("strftime_now does not know {field:?}")))
     });
     environment
 }
@@ -244,13 +283,22 @@ fn print(out: &mut Output<'_>, _: &State<'_, '_>, value: &Value) -> Result<(), m
 
 /// `tojson` as Hugging Face defines it: `json.dumps` without escaping for HTML.
 fn tojson(value: &Value, options: Kwargs) -> Result<Value, minijinja::Error> {
-    let json = serde_json::to_value(value).map_err(|e| failure(format!("cannot be written as JSON: {e}")))?;
+    // Written once with a limit before a copy is made: shared lists can be
+    // exponentially long.
+    serde_json::to_writer(Prompt(Vec::new()), value)
+        .map_err(|e| failure(format!("cannot be written as JSON: {e}")))?;
+    let json = serde_json::to_value(value)
+        .map_err(|e| failure(format!("cannot be written as JSON: {e}")))?;
     let separators: Option<Vec<String>> = options.get("separators")?;
     let style = JsonStyle {
         indent: options.get::<Option<usize>>("indent")?.map(|n| n.min(16)),
         sort_keys: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
-        ensure_ascii: options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
-        separators: separators.and_then(|list| <[String; 2]>::try_from(list).ok()).map(|[a, b]| (a, b)),
+        ensure_ascii: options
+            .get::<Option<bool>>("ensure_ascii")?
+            .unwrap_or(false),
+        separators: separators
+            .and_then(|list| <[String; 2]>::try_from(list).ok())
+            .map(|[a, b]| (a, b)),
     };
     options.assert_all_used()?;
     Ok(Value::from(python::json_dumps(&json, &style)))
@@ -267,7 +315,11 @@ fn without_generation_tags(source: &str) -> String {
         let body = tag.trim_start();
         let (space, _) = tag.split_at(tag.len() - body.len());
         let marks = [("endgeneration", "endif"), ("generation", "if true")];
-        let ends = |after: &str| after.trim_start_matches([' ', '\t', '\n', '\r', '-', '+']).starts_with("%}");
+        let ends = |after: &str| {
+            after
+                .trim_start_matches([' ', '\t', '\n', '\r', '-', '+'])
+                .starts_with("%}")
+        };
         let found = marks.iter().find_map(|(mark, jinja)| {
             let after = body.strip_prefix(mark).filter(|after| ends(after))?;
             Some((*jinja, after))
@@ -284,23 +336,29 @@ fn without_generation_tags(source: &str) -> String {
 
 fn describe(error: minijinja::Error) -> Error {
     match error.kind() {
-        ErrorKind::OutOfFuel => {
-            Error::Limits("the chat template takes too many steps; it does not come to an end as it is".to_owned())
-        }
-        ErrorKind::WriteFailure => {
-            Error::Limits(format!("the chat template writes more than {MAX_PROMPT_BYTES} bytes"))
-        }
+        ErrorKind::OutOfFuel => Error::Limits(
+            "the chat template takes too many steps; it does not come to an end as it is"
+                .to_owned(),
+        ),
+        ErrorKind::WriteFailure => Error::Limits(format!(
+            "the chat template writes more than {MAX_PROMPT_BYTES} bytes"
+        )),
         kind => {
             let reason = match error.detail() {
                 Some(detail) => format!("{kind}: {detail}"),
                 None => kind.to_string(),
             };
-            Error::Template { line: error.line(), reason }
+            Error::Template {
+                line: error.line(),
+                reason,
+            }
         }
     }
 }
 
 fn unix_seconds() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs());
     i64::try_from(since).unwrap_or(i64::MAX)
 }

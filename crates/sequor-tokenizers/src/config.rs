@@ -83,16 +83,22 @@ impl FolderConfig {
         let first = |a: Option<TokenField>, b: Option<TokenField>| a.or(b).map(String::from);
         let mut templates: Vec<(String, ChatTemplate)> = match config.chat_template {
             None => Vec::new(),
-            Some(TemplateField::One(source)) => vec![("default".to_owned(), ChatTemplate::unchecked(source))],
-            Some(TemplateField::Named(list)) => {
-                list.into_iter().map(|t| (t.name, ChatTemplate::unchecked(t.template))).collect()
+            Some(TemplateField::One(source)) => {
+                vec![("default".to_owned(), ChatTemplate::unchecked(source))]
             }
+            Some(TemplateField::Named(list)) => list
+                .into_iter()
+                .map(|t| (t.name, ChatTemplate::unchecked(t.template)))
+                .collect(),
         };
         // The file of its own is the newer convention and wins.
         if let Some(bytes) = read_if_there(&dir.join("chat_template.jinja"))? {
             let source = String::from_utf8(bytes).map_err(|e| {
                 let path = dir.join("chat_template.jinja");
-                Error::definition(&path.display().to_string(), format!("it is not UTF-8 ({e})"))
+                Error::definition(
+                    &path.display().to_string(),
+                    format!("it is not UTF-8 ({e})"),
+                )
             })?;
             templates.retain(|(name, _)| name != "default");
             templates.insert(0, ("default".to_owned(), ChatTemplate::unchecked(source)));
@@ -125,7 +131,12 @@ impl FolderConfig {
     }
 
     /// The id of a token that was named under `key`.
-    pub fn id_of(key: &str, token: Option<&str>, tokenizer: &Tokenizer, dir: &Path) -> Result<Option<u32>> {
+    pub fn id_of(
+        key: &str,
+        token: Option<&str>,
+        tokenizer: &Tokenizer,
+        dir: &Path,
+    ) -> Result<Option<u32>> {
         let Some(token) = token else { return Ok(None) };
         match tokenizer.token_to_id(token) {
             Some(id) => Ok(Some(id)),
@@ -139,9 +150,12 @@ impl FolderConfig {
 
 /// The file's contents, or the default when there is no such file.
 fn read_json<T: Default + DeserializeOwned>(path: &Path) -> Result<T> {
-    let Some(bytes) = read_if_there(path)? else { return Ok(T::default()) };
+    let Some(bytes) = read_if_there(path)? else {
+        return Ok(T::default());
+    };
     let origin = path.display().to_string();
-    let object: Value = serde_json::from_slice(&bytes).map_err(|e| Error::definition(&origin, e.to_string()))?;
+    let object: Value =
+        serde_json::from_slice(&bytes).map_err(|e| Error::definition(&origin, e.to_string()))?;
     serde_json::from_value(object).map_err(|e| Error::definition(&origin, e.to_string()))
 }
 

@@ -35,7 +35,15 @@ pub(crate) struct AddedToken<'a> {
 impl<'a> AddedToken<'a> {
     /// A token matched as it stands; `special` ones can be left out of decoded text.
     pub fn new(id: u32, content: &'a str, special: bool) -> Self {
-        Self { id, content, single_word: false, lstrip: false, rstrip: false, normalized: false, special }
+        Self {
+            id,
+            content,
+            single_word: false,
+            lstrip: false,
+            rstrip: false,
+            normalized: false,
+            special,
+        }
     }
 }
 
@@ -83,7 +91,8 @@ impl<'a> Definition<'a> {
 
     /// The bytes of the `tokenizer.json`.
     pub fn to_json(&self) -> Result<Vec<u8>> {
-        serde_json::to_vec(self).map_err(|e| Error::Config(format!("this vocabulary cannot be written as JSON: {e}")))
+        serde_json::to_vec(self)
+            .map_err(|e| Error::Config(format!("this vocabulary cannot be written as JSON: {e}")))
     }
 }
 
@@ -107,7 +116,12 @@ pub(crate) fn surround(before: Option<(&str, u32)>, after: Option<(&str, u32)>) 
     let tokens: serde_json::Map<String, Value> = before
         .iter()
         .chain(after.iter())
-        .map(|(text, id)| ((*text).to_owned(), json!({"id": text, "ids": [id], "tokens": [text]})))
+        .map(|(text, id)| {
+            (
+                (*text).to_owned(),
+                json!({"id": text, "ids": [id], "tokens": [text]}),
+            )
+        })
         .collect();
     let mut pair = part("A", 0);
     pair.extend(part("B", 1));

@@ -75,12 +75,23 @@ impl Error {
     /// An [`Error::Io`] for `path`, with advice when the file is not there.
     pub(crate) fn io(path: &Path, source: std::io::Error, advice: &str) -> Self {
         let missing = source.kind() == std::io::ErrorKind::NotFound && !advice.is_empty();
-        let hint = if missing { format!("; {advice}") } else { String::new() };
-        Self::Io { path: path.to_owned(), source, hint }
+        let hint = if missing {
+            format!("; {advice}")
+        } else {
+            String::new()
+        };
+        Self::Io {
+            path: path.to_owned(),
+            source,
+            hint,
+        }
     }
 
     /// An [`Error::Definition`] for `origin`.
     pub(crate) fn definition(origin: &str, reason: impl Into<String>) -> Self {
-        Self::Definition { origin: origin.to_owned(), reason: reason.into() }
+        Self::Definition {
+            origin: origin.to_owned(),
+            reason: reason.into(),
+        }
     }
 }

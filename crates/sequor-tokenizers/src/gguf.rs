@@ -83,7 +83,9 @@ impl GgufVocab {
             return Err(Error::Config("tokenizer.ggml.tokens is empty".to_owned()));
         }
         if count > MAX_ID as usize {
-            return Err(Error::Limits(format!("tokenizer.ggml.tokens has {count} entries; {MAX_ID} are allowed")));
+            return Err(Error::Limits(format!(
+                "tokenizer.ggml.tokens has {count} entries; {MAX_ID} are allowed"
+            )));
         }
         let lengths = [
             ("scores", self.scores.as_ref().map(Vec::len)),
@@ -91,18 +93,29 @@ impl GgufVocab {
         ];
         for (key, length) in lengths {
             if let Some(length) = length.filter(|&n| n != count) {
-                return Err(Error::Config(format!("tokenizer.ggml.{key} has {length} entries for {count} tokens")));
+                return Err(Error::Config(format!(
+                    "tokenizer.ggml.{key} has {length} entries for {count} tokens"
+                )));
             }
         }
-        for (key, id) in [("bos", self.bos), ("eos", self.eos), ("unknown", self.unk), ("padding", self.pad)] {
+        for (key, id) in [
+            ("bos", self.bos),
+            ("eos", self.eos),
+            ("unknown", self.unk),
+            ("padding", self.pad),
+        ] {
             if let Some(id) = id.filter(|&id| id as usize >= count) {
-                return Err(Error::Config(format!("tokenizer.ggml.{key}_token_id is {id}; there are {count} tokens")));
+                return Err(Error::Config(format!(
+                    "tokenizer.ggml.{key}_token_id is {id}; there are {count} tokens"
+                )));
             }
         }
         let mut seen = HashMap::with_capacity(count);
         for (token, id) in self.tokens.iter().zip(0u32..) {
             if let Some(first) = seen.insert(token.as_str(), id) {
-                return Err(Error::Config(format!("tokenizer.ggml.tokens has {token:?} twice, as {first} and {id}")));
+                return Err(Error::Config(format!(
+                    "tokenizer.ggml.tokens has {token:?} twice, as {first} and {id}"
+                )));
             }
         }
         Ok(())
@@ -111,7 +124,9 @@ impl GgufVocab {
     fn byte_level(&self) -> Result<Vec<u8>> {
         let name = self.pre.as_deref().unwrap_or("default");
         let split = Split::from_gguf_name(name).unwrap_or_else(|| {
-            tracing::warn!("unknown word split {name:?} in tokenizer.ggml.pre: text is split as for GPT-2");
+            tracing::warn!(
+                "unknown word split {name:?} in tokenizer.ggml.pre: text is split as for GPT-2"
+            );
             Split::Gpt2
         });
         let mut definition = self.definition(split.starts_with_bos());
@@ -128,12 +143,18 @@ impl GgufVocab {
         let known: HashMap<&str, u32> = self.ids();
         let mut whole = String::new();
         let pair = |(rank, merge): (usize, &'_ String)| -> Result<()> {
-            let (left, right) = split_merge(merge)
-                .ok_or_else(|| Error::Config(format!("tokenizer.ggml.merges[{rank}] is {merge:?}, not a pair")))?;
+            let (left, right) = split_merge(merge).ok_or_else(|| {
+                Error::Config(format!(
+                    "tokenizer.ggml.merges[{rank}] is {merge:?}, not a pair"
+                ))
+            })?;
             whole.clear();
             whole.push_str(left);
             whole.push_str(right);
-            match [left, right, &whole].into_iter().find(|t| !known.contains_key(t)) {
+            match [left, right, &whole]
+                .into_iter()
+                .find(|t| !known.contains_key(t))
+            {
                 Some(missing) => Err(Error::Config(format!(
                     "tokenizer.ggml.merges[{rank}] is {merge:?}, but {missing:?} is not a token"
                 ))),
@@ -146,12 +167,19 @@ impl GgufVocab {
 
     fn sentence_piece(&self) -> Result<Vec<u8>> {
         let scores = self.scores.as_deref().ok_or_else(|| {
-            Error::Config("a \"llama\" vocabulary needs tokenizer.ggml.scores, which the file does not have".to_owned())
+            Error::Config(
+                "a \"llama\" vocabulary needs tokenizer.ggml.scores, which the file does not have"
+                    .to_owned(),
+            )
         })?;
         let prefix = self.add_space_prefix.unwrap_or(true);
         let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
         let mut normalizers = vec![replace(" ", SPACE)];
-        let mut decoders = vec![replace(SPACE, " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
+        let mut decoders = vec![
+            replace(SPACE, " "),
+            json!({"type": "ByteFallback"}),
+            json!({"type": "Fuse"}),
+        ];
         if prefix {
             normalizers.insert(0, json!({"type": "Prepend", "prepend": SPACE}));
             decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
@@ -161,7 +189,10 @@ impl GgufVocab {
         definition.decoder = json!({"type": "Sequence", "decoders": decoders});
         definition.model.byte_fallback = self.tokens.iter().any(|t| byte_token(t).is_some());
         definition.model.fuse_unk = true;
-        definition.model.unk_token = self.unk.and_then(|id| self.tokens.get(id as usize)).map(String::as_str);
+        definition.model.unk_token = self
+            .unk
+            .and_then(|id| self.tokens.get(id as usize))
+            .map(String::as_str);
         definition.model.merges = self.derived_merges(scores);
         definition.to_json()
     }
@@ -170,12 +201,18 @@ impl GgufVocab {
     /// joint token has the best score: every way to cut a token into two, best
     /// token first.
     fn derived_merges(&self, scores: &[f32]) -> Vec<(&str, &str)> {
-        let mergeable: HashMap<&str, u32> =
-            self.ids().into_iter().filter(|&(token, id)| self.is_merged(token, id)).collect();
+        let mergeable: HashMap<&str, u32> = self
+            .ids()
+            .into_iter()
+            .filter(|&(token, id)| self.is_merged(token, id))
+            .collect();
         // Keys order by falling score, then by id, then by where the cut is.
         let mut merges = BTreeMap::new();
         for (&token, &id) in &mergeable {
-            let score = scores.get(id as usize).copied().unwrap_or(f32::NEG_INFINITY);
+            let score = scores
+                .get(id as usize)
+                .copied()
+                .unwrap_or(f32::NEG_INFINITY);
             if token.len() > MAX_MERGED_BYTES {
                 continue;
             }
@@ -201,7 +238,9 @@ impl GgufVocab {
                 Kind::Normal | Kind::Unused | Kind::Byte => false,
             };
             if matched && !token.is_empty() {
-                definition.added_tokens.push(AddedToken::new(id, token, kind != Kind::UserDefined));
+                definition
+                    .added_tokens
+                    .push(AddedToken::new(id, token, kind != Kind::UserDefined));
             }
         }
         let end = |wanted: bool, id: Option<u32>| {
@@ -232,7 +271,10 @@ impl GgufVocab {
 
     /// The type of a token, guessed where the file does not say.
     fn kind(&self, id: u32) -> Kind {
-        let stated = self.token_types.as_ref().and_then(|types| types.get(id as usize));
+        let stated = self
+            .token_types
+            .as_ref()
+            .and_then(|types| types.get(id as usize));
         match stated {
             Some(2) => Kind::Unknown,
             Some(3) => Kind::Control,
@@ -242,7 +284,13 @@ impl GgufVocab {
             Some(_) => Kind::Normal,
             None if self.unk == Some(id) => Kind::Unknown,
             None if [self.bos, self.eos, self.pad].contains(&Some(id)) => Kind::Control,
-            None if self.tokens.get(id as usize).is_some_and(|t| byte_token(t).is_some()) => Kind::Byte,
+            None if self
+                .tokens
+                .get(id as usize)
+                .is_some_and(|t| byte_token(t).is_some()) =>
+            {
+                Kind::Byte
+            }
             None => Kind::Normal,
         }
     }
@@ -259,10 +307,18 @@ fn split_merge(merge: &str) -> Option<(&str, &str)> {
 
 /// A key that sorts scores from the best to the worst; no score is the worst.
 fn falling(score: f32) -> u32 {
-    let score = if score.is_nan() { f32::NEG_INFINITY } else { score };
+    let score = if score.is_nan() {
+        f32::NEG_INFINITY
+    } else {
+        score
+    };
     let bits = score.to_bits();
     // Flipping makes the bit patterns of floats sort as the numbers do.
-    let rising = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+    let rising = if bits >> 31 == 1 {
+        !bits
+    } else {
+        bits | 1 << 31
+    };
     !rising
 }
 

@@ -17,8 +17,14 @@ use crate::{Error, Result};
 pub(crate) fn guarded<T>(op: &'static str, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
     match catch_unwind(AssertUnwindSafe(f)) {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(e)) => Err(Error::Backend { op, message: e.to_string() }),
-        Err(payload) => Err(Error::Backend { op, message: panic_message(payload.as_ref()) }),
+        Ok(Err(e)) => Err(Error::Backend {
+            op,
+            message: e.to_string(),
+        }),
+        Err(payload) => Err(Error::Backend {
+            op,
+            message: panic_message(payload.as_ref()),
+        }),
     }
 }
 

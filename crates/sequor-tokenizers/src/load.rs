@@ -62,10 +62,18 @@ pub(crate) fn load(json: &[u8], origin: &str) -> Result<Core> {
             json.len()
         )));
     }
-    let text = std::str::from_utf8(json)
-        .map_err(|e| Error::definition(origin, format!("not a tokenizer.json: it is not UTF-8 ({e})")))?;
-    let outline: Outline = serde_json::from_str(text)
-        .map_err(|e| Error::definition(origin, format!("not a tokenizer.json, or a damaged one: {e}")))?;
+    let text = std::str::from_utf8(json).map_err(|e| {
+        Error::definition(
+            origin,
+            format!("not a tokenizer.json: it is not UTF-8 ({e})"),
+        )
+    })?;
+    let outline: Outline = serde_json::from_str(text).map_err(|e| {
+        Error::definition(
+            origin,
+            format!("not a tokenizer.json, or a damaged one: {e}"),
+        )
+    })?;
     check_growth(&outline, origin)?;
 
     let mut hf = build(json, origin)?;
@@ -76,7 +84,10 @@ pub(crate) fn load(json: &[u8], origin: &str) -> Result<Core> {
         if let Some(token) = misplaced_tokens(&outline, &hf).first() {
             return Err(Error::definition(
                 origin,
-                format!("the added token {:?} cannot have the id {} that it claims", token.content, token.id),
+                format!(
+                    "the added token {:?} cannot have the id {} that it claims",
+                    token.content, token.id
+                ),
             ));
         }
     }
@@ -87,7 +98,12 @@ pub(crate) fn load(json: &[u8], origin: &str) -> Result<Core> {
     hf.with_padding(None);
     guarded("remove truncation", || hf.with_truncation(None).map(|_| ()))?;
     let pieces = Pieces::from_decoder(&outline.decoder);
-    Ok(Core { hf, pieces, vocab_size, source: has_holes.then(|| json.to_vec()) })
+    Ok(Core {
+        hf,
+        pieces,
+        vocab_size,
+        source: has_holes.then(|| json.to_vec()),
+    })
 }
 
 fn build(json: &[u8], origin: &str) -> Result<tokenizers::Tokenizer> {
@@ -100,14 +116,19 @@ fn build(json: &[u8], origin: &str) -> Result<tokenizers::Tokenizer> {
 /// Added tokens that the engine put elsewhere than the file says: it counts
 /// ids on from the size of the vocabulary, so a gap in front of them shifts all.
 fn misplaced_tokens<'a>(outline: &'a Outline, hf: &tokenizers::Tokenizer) -> Vec<&'a AddedToken> {
-    outline.added_tokens.iter().filter(|t| hf.token_to_id(&t.content) != Some(t.id)).collect()
+    outline
+        .added_tokens
+        .iter()
+        .filter(|t| hf.token_to_id(&t.content) != Some(t.id))
+        .collect()
 }
 
 /// Writes misplaced added tokens into the model's vocabulary, where ids are
 /// explicit, and turns merge dropout (a training device that makes encoding
 /// random) off.
 fn repair(text: &str, misplaced: &[&AddedToken], origin: &str) -> Result<Vec<u8>> {
-    let mut root: Value = serde_json::from_str(text).map_err(|e| Error::definition(origin, e.to_string()))?;
+    let mut root: Value =
+        serde_json::from_str(text).map_err(|e| Error::definition(origin, e.to_string()))?;
     let model = root.get_mut("model").and_then(Value::as_object_mut);
     let model = model.ok_or_else(|| Error::definition(origin, "\"model\" is not an object"))?;
     if let Some(dropout) = model.get_mut("dropout") {
@@ -132,13 +153,20 @@ fn repair(text: &str, misplaced: &[&AddedToken], origin: &str) -> Result<Vec<u8>
 
 /// One more than the largest id, and whether ids are missing below it.
 fn check_vocabulary(hf: &tokenizers::Tokenizer, origin: &str) -> Result<(usize, bool)> {
-    let mut tokens: Vec<(u32, String)> = hf.get_vocab(true).into_iter().map(|(t, id)| (id, t)).collect();
+    let mut tokens: Vec<(u32, String)> = hf
+        .get_vocab(true)
+        .into_iter()
+        .map(|(t, id)| (id, t))
+        .collect();
     tokens.sort_unstable();
     let Some(&(last, _)) = tokens.last() else {
         return Err(Error::definition(origin, "the vocabulary is empty"));
     };
     if last >= MAX_ID {
-        return Err(Error::definition(origin, format!("the token id {last} is not below {MAX_ID}")));
+        return Err(Error::definition(
+            origin,
+            format!("the token id {last} is not below {MAX_ID}"),
+        ));
     }
     for pair in tokens.windows(2) {
         if let [(a, first), (b, second)] = pair
@@ -157,11 +185,16 @@ fn check_vocabulary(hf: &tokenizers::Tokenizer, origin: &str) -> Result<(usize, 
 fn check_growth(outline: &Outline, origin: &str) -> Result<()> {
     let encoding = growth(&outline.normalizer) * growth(&outline.pre_tokenizer);
     let decoding = growth(&outline.decoder);
-    for (what, factor) in [("normalizer and pre_tokenizer", encoding), ("decoder", decoding)] {
+    for (what, factor) in [
+        ("normalizer and pre_tokenizer", encoding),
+        ("decoder", decoding),
+    ] {
         if factor > MAX_GROWTH {
             return Err(Error::definition(
                 origin,
-                format!("its {what} could make text {factor:.0} times as long; at most {MAX_GROWTH} is allowed"),
+                format!(
+                    "its {what} could make text {factor:.0} times as long; at most {MAX_GROWTH} is allowed"
+                ),
             ));
         }
     }
@@ -171,7 +204,11 @@ fn check_growth(outline: &Outline, origin: &str) -> Result<()> {
 /// An upper bound on bytes out per byte in of one transformation. The numbers
 /// for Unicode forms round up the worst character of each.
 fn growth(node: &Value) -> f64 {
-    let size = |key: &str| node.get(key).and_then(Value::as_str).map_or(0.0, |s| s.len() as f64);
+    let size = |key: &str| {
+        node.get(key)
+            .and_then(Value::as_str)
+            .map_or(0.0, |s| s.len() as f64)
+    };
     match node.get("type").and_then(Value::as_str) {
         Some("Sequence") => ["normalizers", "pretokenizers", "decoders"]
             .iter()

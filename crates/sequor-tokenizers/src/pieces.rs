@@ -29,13 +29,18 @@ pub(crate) enum Pieces {
 impl Pieces {
     /// Recognises the `decoder` of a `tokenizer.json`.
     pub fn from_decoder(decoder: &Value) -> Self {
-        let Some(kind) = decoder.get("type").and_then(Value::as_str) else { return Self::Opaque };
+        let Some(kind) = decoder.get("type").and_then(Value::as_str) else {
+            return Self::Opaque;
+        };
         if kind == "ByteLevel" {
             return Self::ByteLevel;
         }
         let single = [decoder.clone()];
         let parts = if kind == "Sequence" {
-            decoder.get("decoders").and_then(Value::as_array).map(Vec::as_slice)
+            decoder
+                .get("decoders")
+                .and_then(Value::as_array)
+                .map(Vec::as_slice)
         } else {
             Some(single.as_slice())
         };
@@ -49,8 +54,14 @@ impl Pieces {
                 let bytes: Option<Vec<u8>> = token.chars().map(byte_of_char).collect();
                 bytes.unwrap_or_else(|| token.as_bytes().to_vec())
             }
-            Self::Marked { replace, byte_fallback, .. } => {
-                let text = replace.iter().fold(token.to_owned(), |t, (from, to)| t.replace(from, to));
+            Self::Marked {
+                replace,
+                byte_fallback,
+                ..
+            } => {
+                let text = replace
+                    .iter()
+                    .fold(token.to_owned(), |t, (from, to)| t.replace(from, to));
                 match byte_token(&text) {
                     Some(byte) if *byte_fallback => vec![byte],
                     _ => text.into_bytes(),
@@ -83,14 +94,20 @@ fn marked(parts: &[Value]) -> Option<Pieces> {
             }
             "ByteFallback" if !fused => byte_fallback = true,
             "Fuse" => fused = true,
-            "Strip" if fused && strip.is_none() && number("stop")? == 0 => match text("content")?.as_bytes() {
-                [byte] => strip = Some((*byte, usize::try_from(number("start")?).ok()?)),
-                _ => return None,
-            },
+            "Strip" if fused && strip.is_none() && number("stop")? == 0 => {
+                match text("content")?.as_bytes() {
+                    [byte] => strip = Some((*byte, usize::try_from(number("start")?).ok()?)),
+                    _ => return None,
+                }
+            }
             _ => return None,
         }
     }
-    (byte_fallback || fused).then_some(Pieces::Marked { replace, byte_fallback, strip })
+    (byte_fallback || fused).then_some(Pieces::Marked {
+        replace,
+        byte_fallback,
+        strip,
+    })
 }
 
 /// The byte that `<0xNN>` stands for.
@@ -161,7 +178,10 @@ mod tests {
         assert_eq!(pieces.bytes("\u{2581}a", false), b" a");
         assert_eq!(pieces.bytes("<0xE2>", false), [0xe2]);
 
-        assert_eq!(Pieces::from_decoder(&json!({"type": "ByteLevel"})), Pieces::ByteLevel);
+        assert_eq!(
+            Pieces::from_decoder(&json!({"type": "ByteLevel"})),
+            Pieces::ByteLevel
+        );
         assert_eq!(Pieces::ByteLevel.bytes("Ġé", false), [b' ', 0xe9]);
         assert_eq!(Pieces::ByteLevel.bytes("é", true), "é".as_bytes());
 

@@ -18,21 +18,31 @@ pub(crate) fn str_of(value: &Value) -> Result<String, Error> {
 
 fn repr(value: &Value, depth: usize) -> Result<String, Error> {
     if depth > MAX_DEPTH {
-        return Err(Error::new(ErrorKind::InvalidOperation, "a value is nested too deeply to be printed"));
+        return Err(Error::new(
+            ErrorKind::InvalidOperation,
+            "a value is nested too deeply to be printed",
+        ));
     }
     let item = |v: &Value| repr(v, depth + 1);
     Ok(match value.kind() {
         ValueKind::None | ValueKind::Undefined => "None".to_owned(),
         ValueKind::Bool => if value.is_true() { "True" } else { "False" }.to_owned(),
         ValueKind::String => quoted(value.as_str().unwrap_or_default()),
-        ValueKind::Seq => {
-            let items = value.try_iter()?.map(|v| item(&v)).collect::<Result<Vec<_>, _>>()?;
+        ValueKind::Seq | ValueKind::Iterable => {
+            let items = value
+                .try_iter()?
+                .map(|v| item(&v))
+                .collect::<Result<Vec<_>, _>>()?;
             format!("[{}]", items.join(", "))
         }
         ValueKind::Map => {
             let mut items = Vec::new();
             for key in value.try_iter()? {
-                items.push(format!("{}: {}", item(&key)?, item(&value.get_item(&key)?)?));
+                items.push(format!(
+                    "{}: {}",
+                    item(&key)?,
+                    item(&value.get_item(&key)?)?
+                ));
             }
             format!("{{{}}}", items.join(", "))
         }
@@ -42,7 +52,11 @@ fn repr(value: &Value, depth: usize) -> Result<String, Error> {
 
 /// A string literal, in single quotes unless it has some and no double ones.
 fn quoted(text: &str) -> String {
-    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    let quote = if text.contains('\'') && !text.contains('"') {
+        '"'
+    } else {
+        '\''
+    };
     let mut literal = String::from(quote);
     for c in text.chars() {
         match c {
@@ -72,7 +86,10 @@ pub(crate) struct JsonStyle {
 /// What `json.dumps` gives.
 pub(crate) fn json_dumps(value: &Json, style: &JsonStyle) -> String {
     let default = (if style.indent.is_some() { "," } else { ", " }, ": ");
-    let separators = style.separators.as_ref().map_or(default, |(a, b)| (a.as_str(), b.as_str()));
+    let separators = style
+        .separators
+        .as_ref()
+        .map_or(default, |(a, b)| (a.as_str(), b.as_str()));
     let mut text = String::new();
     dump(value, style, separators, 0, &mut text);
     text
@@ -142,8 +159,12 @@ mod tests {
 
     #[test]
     fn values_print_as_in_python() {
-        let value = Value::from_serialize(json!({"a": [1, 2.5, true, null], "b": "it's", "c": "x\n'\""}));
-        assert_eq!(str_of(&value).unwrap(), r#"{'a': [1, 2.5, True, None], 'b': "it's", 'c': 'x\n\'"'}"#);
+        let value =
+            Value::from_serialize(json!({"a": [1, 2.5, true, null], "b": "it's", "c": "x\n'\""}));
+        assert_eq!(
+            str_of(&value).unwrap(),
+            r#"{'a': [1, 2.5, True, None], 'b': "it's", 'c': 'x\n\'"'}"#
+        );
         assert_eq!(str_of(&Value::from("it's")).unwrap(), "it's");
         assert_eq!(str_of(&Value::UNDEFINED).unwrap(), "");
     }
@@ -152,12 +173,31 @@ mod tests {
     fn json_is_written_as_python_does() {
         let value = json!({"b": [1, {}], "a": "<é😀>"});
         let dumps = |style: JsonStyle| json_dumps(&value, &style);
-        assert_eq!(dumps(JsonStyle::default()), r#"{"b": [1, {}], "a": "<é😀>"}"#);
-        let ascii = JsonStyle { ensure_ascii: true, sort_keys: true, ..JsonStyle::default() };
-        assert_eq!(dumps(ascii), r#"{"a": "<\u00e9\ud83d\ude00>", "b": [1, {}]}"#);
-        let indented = JsonStyle { indent: Some(2), ..JsonStyle::default() };
-        assert_eq!(dumps(indented), "{\n  \"b\": [\n    1,\n    {}\n  ],\n  \"a\": \"<é😀>\"\n}");
-        let tight = JsonStyle { separators: Some((",".into(), ":".into())), ..JsonStyle::default() };
+        assert_eq!(
+            dumps(JsonStyle::default()),
+            r#"{"b": [1, {}], "a": "<é😀>"}"#
+        );
+        let ascii = JsonStyle {
+            ensure_ascii: true,
+            sort_keys: true,
+            ..JsonStyle::default()
+        };
+        assert_eq!(
+            dumps(ascii),
+            r#"{"a": "<\u00e9\ud83d\ude00>", "b": [1, {}]}"#
+        );
+        let indented = JsonStyle {
+            indent: Some(2),
+            ..JsonStyle::default()
+        };
+        assert_eq!(
+            dumps(indented),
+            "{\n  \"b\": [\n    1,\n    {}\n  ],\n  \"a\": \"<é😀>\"\n}"
+        );
+        let tight = JsonStyle {
+            separators: Some((",".into(), ":".into())),
+            ..JsonStyle::default()
+        };
         assert_eq!(dumps(tight), r#"{"b":[1,{}],"a":"<é😀>"}"#);
     }
 }

@@ -44,8 +44,10 @@ impl Split {
     #[must_use]
     pub fn from_gguf_name(name: &str) -> Option<Self> {
         Some(match name {
-            "default" | "gpt2" | "gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" | "jina-es" | "jina-de" => Self::Gpt2,
-            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" | "minerva-7b" => Self::SmolLm,
+            "default" | "gpt2" | "gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" | "jina-es"
+            | "jina-de" => Self::Gpt2,
+            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone"
+            | "minerva-7b" => Self::SmolLm,
             "llama3" | "llama-v3" | "llama-bpe" | "falcon3" | "pixtral" => Self::Llama3,
             "qwen2" | "deepseek-r1-qwen" | "megrez" => Self::Qwen2,
             _ => return None,
@@ -54,12 +56,8 @@ impl Split {
 
     /// The `pre_tokenizer` of a `tokenizer.json`.
     pub(crate) fn pre_tokenizer(self) -> Value {
-        let sequence = |first: Value, use_regex| {
-            json!({"type": "Sequence", "pretokenizers": [first, byte_level(use_regex)]})
-        };
-        let pattern = |regex: &str| {
-            json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false})
-        };
+        let sequence = |first: Value, use_regex| json!({"type": "Sequence", "pretokenizers": [first, byte_level(use_regex)]});
+        let pattern = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
         match self {
             Self::Gpt2 => byte_level(true),
             Self::SmolLm => sequence(json!({"type": "Digits", "individual_digits": true}), true),

@@ -46,7 +46,11 @@ impl<'a> DecodeStream<'a> {
             crate::pieces::Pieces::Opaque => State::Window(Window::default()),
             _ => State::Bytes(Utf8Stream::new(pieces.strip())),
         };
-        Self { tokenizer, skip_special, state }
+        Self {
+            tokenizer,
+            skip_special,
+            state,
+        }
     }
 
     /// Takes one id; returns the text that is now certain, if any.
@@ -57,8 +61,12 @@ impl<'a> DecodeStream<'a> {
     pub fn push(&mut self, id: u32) -> Result<Option<String>> {
         let mut text = String::new();
         match &mut self.state {
-            State::Bytes(utf8) => utf8.push(&self.tokenizer.piece(id, self.skip_special)?, &mut text),
-            State::Window(window) => window.push(id, &self.tokenizer, self.skip_special, &mut text)?,
+            State::Bytes(utf8) => {
+                utf8.push(&self.tokenizer.piece(id, self.skip_special)?, &mut text)
+            }
+            State::Window(window) => {
+                window.push(id, &self.tokenizer, self.skip_special, &mut text)?
+            }
         }
         Ok((!text.is_empty()).then_some(text))
     }
@@ -105,7 +113,10 @@ pub(crate) struct Utf8Stream {
 
 impl Utf8Stream {
     pub fn new(strip: Option<(u8, usize)>) -> Self {
-        Self { pending: Vec::new(), strip }
+        Self {
+            pending: Vec::new(),
+            strip,
+        }
     }
 
     /// Takes bytes and appends the text that is now certain.
@@ -166,7 +177,13 @@ impl Window {
     /// most four bytes, so after four ids it is a U+FFFD to stay.
     const MAX_HELD: usize = 4;
 
-    fn push(&mut self, id: u32, tokenizer: &Tokenizer, skip: bool, text: &mut String) -> Result<()> {
+    fn push(
+        &mut self,
+        id: u32,
+        tokenizer: &Tokenizer,
+        skip: bool,
+        text: &mut String,
+    ) -> Result<()> {
         tokenizer.check(id)?;
         if skip && tokenizer.is_special(id) {
             return Ok(());
@@ -216,10 +233,15 @@ mod tests {
     fn utf8_stream_decodes_as_the_standard_library_does() {
         // Every kind of damage: stray and missing continuations, overlong
         // forms, surrogates, bytes that are never valid.
-        let alphabet = [0x00, 0x41, 0x80, 0xbf, 0xc0, 0xc3, 0xa9, 0xe0, 0xed, 0xa0, 0xef, 0xbf, 0xbd, 0xf0, 0x9f, 0x98, 0xf4, 0x90, 0xff];
+        let alphabet = [
+            0x00, 0x41, 0x80, 0xbf, 0xc0, 0xc3, 0xa9, 0xe0, 0xed, 0xa0, 0xef, 0xbf, 0xbd, 0xf0,
+            0x9f, 0x98, 0xf4, 0x90, 0xff,
+        ];
         let mut state = 1u64;
         let mut random = |below: u64| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             usize::try_from((state >> 33) % below).unwrap()
         };
         for _ in 0..5000 {
@@ -249,7 +271,9 @@ mod tests {
         ] {
             let mut stream = Utf8Stream::new(strip);
             let mut text = String::new();
-            chunks.iter().for_each(|c| stream.push(c.as_bytes(), &mut text));
+            chunks
+                .iter()
+                .for_each(|c| stream.push(c.as_bytes(), &mut text));
             assert_eq!(text, expected, "{chunks:?}");
         }
     }

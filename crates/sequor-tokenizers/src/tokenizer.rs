@@ -98,7 +98,10 @@ impl Tokenizer {
         (tokenizer.bos, tokenizer.eos) = (vocab.bos, vocab.eos);
         (tokenizer.unk, tokenizer.pad) = (vocab.unk, vocab.pad);
         if let Some(source) = vocab.chat_template {
-            tokenizer.templates = Arc::new(vec![(DEFAULT_TEMPLATE.to_owned(), ChatTemplate::unchecked(source))]);
+            tokenizer.templates = Arc::new(vec![(
+                DEFAULT_TEMPLATE.to_owned(),
+                ChatTemplate::unchecked(source),
+            )]);
         }
         Ok(tokenizer)
     }
@@ -138,14 +141,22 @@ impl Tokenizer {
     #[must_use]
     pub fn with_chat_template(mut self, template: ChatTemplate) -> Self {
         let mut templates = vec![(DEFAULT_TEMPLATE.to_owned(), template)];
-        templates.extend(self.templates.iter().filter(|(name, _)| name != DEFAULT_TEMPLATE).cloned());
+        templates.extend(
+            self.templates
+                .iter()
+                .filter(|(name, _)| name != DEFAULT_TEMPLATE)
+                .cloned(),
+        );
         self.templates = Arc::new(templates);
         self
     }
 
     fn known_id(&self, token: &str) -> Result<u32> {
-        self.token_to_id(token)
-            .ok_or_else(|| Error::Config(format!("the vocabulary has no token {token:?}; name one that it has")))
+        self.token_to_id(token).ok_or_else(|| {
+            Error::Config(format!(
+                "the vocabulary has no token {token:?}; name one that it has"
+            ))
+        })
     }
 
     /// Token ids of `text`. Special tokens spelled out in the text become
@@ -170,7 +181,9 @@ impl Tokenizer {
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn encode_batch(&self, texts: &[&str], add_special: bool) -> Result<Vec<Vec<u32>>> {
-        let encodings = guarded("encode", || self.core.hf.encode_batch_fast(texts.to_vec(), add_special))?;
+        let encodings = guarded("encode", || {
+            self.core.hf.encode_batch_fast(texts.to_vec(), add_special)
+        })?;
         let mut all: Vec<Vec<u32>> = encodings.iter().map(|e| e.get_ids().to_vec()).collect();
         if add_special && (self.add_bos.is_some() || self.add_eos.is_some()) {
             all.iter_mut().try_for_each(|ids| self.settle_ends(ids))?;
@@ -246,7 +259,11 @@ impl Tokenizer {
 
     pub(crate) fn check(&self, id: u32) -> Result<()> {
         let vocab_size = self.core.vocab_size;
-        if (id as usize) < vocab_size { Ok(()) } else { Err(Error::TokenId { id, vocab_size }) }
+        if (id as usize) < vocab_size {
+            Ok(())
+        } else {
+            Err(Error::TokenId { id, vocab_size })
+        }
     }
 
     /// The bytes that `id` adds to a text.
@@ -288,7 +305,10 @@ impl Tokenizer {
     #[must_use]
     pub fn is_special(&self, id: u32) -> bool {
         let added = self.core.hf.get_added_vocabulary();
-        added.get_added_tokens_decoder().get(&id).is_some_and(|t| added.is_special_token(&t.content))
+        added
+            .get_added_tokens_decoder()
+            .get(&id)
+            .is_some_and(|t| added.is_special_token(&t.content))
     }
 
     /// The id that begins a text, where it is known.
@@ -325,7 +345,10 @@ impl Tokenizer {
     /// A chat template by name (`default`, `tool_use`, `rag`, ...).
     #[must_use]
     pub fn chat_template_named(&self, name: &str) -> Option<&ChatTemplate> {
-        self.templates.iter().find(|(n, _)| n == name).map(|(_, t)| t)
+        self.templates
+            .iter()
+            .find(|(n, _)| n == name)
+            .map(|(_, t)| t)
     }
 
     /// The text that the model expects for a conversation. With
@@ -350,7 +373,11 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As those two.
-    pub fn encode_chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Vec<u32>> {
+    pub fn encode_chat(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<Vec<u32>> {
         self.encode(&self.render_chat(messages, add_generation_prompt)?, false)
     }
 
@@ -397,7 +424,10 @@ impl Tokenizer {
         std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e, ""))?;
         let token = |id: Option<u32>| id.and_then(|id| self.id_to_token(id));
         let mut config = serde_json::Map::new();
-        config.insert("tokenizer_class".to_owned(), "PreTrainedTokenizerFast".into());
+        config.insert(
+            "tokenizer_class".to_owned(),
+            "PreTrainedTokenizerFast".into(),
+        );
         for (key, id) in [
             ("bos_token", self.bos),
             ("eos_token", self.eos),
@@ -406,21 +436,34 @@ impl Tokenizer {
         ] {
             config.insert(key.to_owned(), token(id).into());
         }
-        for (key, value) in [("add_bos_token", self.add_bos), ("add_eos_token", self.add_eos)] {
+        for (key, value) in [
+            ("add_bos_token", self.add_bos),
+            ("add_eos_token", self.add_eos),
+        ] {
             if let Some(value) = value {
                 config.insert(key.to_owned(), value.into());
             }
         }
-        let named: Vec<_> = self.templates.iter().filter(|(name, _)| name != DEFAULT_TEMPLATE).collect();
+        let named: Vec<_> = self
+            .templates
+            .iter()
+            .filter(|(name, _)| name != DEFAULT_TEMPLATE)
+            .collect();
         if !named.is_empty() {
-            let list = self.templates.iter().map(|(name, t)| serde_json::json!({"name": name, "template": t.source()}));
+            let list = self
+                .templates
+                .iter()
+                .map(|(name, t)| serde_json::json!({"name": name, "template": t.source()}));
             config.insert("chat_template".to_owned(), list.collect());
         }
         let json = serde_json::to_vec_pretty(&config)
             .map_err(|e| Error::Config(format!("tokenizer_config.json cannot be written: {e}")))?;
         write_whole(&dir.join("tokenizer_config.json"), &json)?;
         if let Some(template) = self.chat_template() {
-            write_whole(&dir.join("chat_template.jinja"), template.source().as_bytes())?;
+            write_whole(
+                &dir.join("chat_template.jinja"),
+                template.source().as_bytes(),
+            )?;
         }
         self.save(dir.join("tokenizer.json"))
     }
@@ -432,7 +475,14 @@ impl fmt::Debug for Tokenizer {
             .field("vocab_size", &self.vocab_size())
             .field("bos", &self.bos)
             .field("eos", &self.eos)
-            .field("chat_templates", &self.templates.iter().map(|(name, _)| name).collect::<Vec<_>>())
+            .field(
+                "chat_templates",
+                &self
+                    .templates
+                    .iter()
+                    .map(|(name, _)| name)
+                    .collect::<Vec<_>>(),
+            )
             .finish_non_exhaustive()
     }
 }
@@ -444,7 +494,10 @@ pub(crate) fn read_limited(path: &Path, limit: u64, advice: &str) -> Result<Vec<
     let mut bytes = Vec::new();
     file.take(limit + 1).read_to_end(&mut bytes).map_err(io)?;
     if bytes.len() as u64 > limit {
-        return Err(Error::Limits(format!("{} has more than {limit} bytes", path.display())));
+        return Err(Error::Limits(format!(
+            "{} has more than {limit} bytes",
+            path.display()
+        )));
     }
     Ok(bytes)
 }

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::{
-    AddedToken, DecoderWrapper, NormalizerWrapper, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
-    PreTokenizerWrapper, Trainer,
+    AddedToken, DecoderWrapper, NormalizerWrapper, OffsetReferential, OffsetType,
+    PreTokenizedString, PreTokenizer, PreTokenizerWrapper, Trainer,
 };
 
 use crate::guard::guarded;
@@ -70,8 +70,10 @@ impl BpeOptions {
                 self.special_tokens.len()
             )));
         }
-        if self.max_token_length == Some(0) {
-            return Err(Error::Config("max_token_length is 0; the shortest token has one byte".to_owned()));
+        if let Some(length @ 0..=1) = self.max_token_length {
+            return Err(Error::Config(format!(
+                "max_token_length is {length}; merging begins at 2 bytes"
+            )));
         }
         let bytes: BTreeSet<String> = (0..=u8::MAX).map(|b| char_of_byte(b).to_string()).collect();
         let mut seen = BTreeSet::new();
@@ -82,9 +84,14 @@ impl BpeOptions {
                 )));
             }
         }
-        for (option, token) in [("bos_token", &self.bos_token), ("eos_token", &self.eos_token)] {
+        for (option, token) in [
+            ("bos_token", &self.bos_token),
+            ("eos_token", &self.eos_token),
+        ] {
             if let Some(token) = token.as_ref().filter(|t| !self.special_tokens.contains(t)) {
-                return Err(Error::Config(format!("{option} is {token:?}, which is not among special_tokens")));
+                return Err(Error::Config(format!(
+                    "{option} is {token:?}, which is not among special_tokens"
+                )));
             }
         }
         Ok(())
@@ -112,16 +119,24 @@ impl BpeOptions {
 /// assert!(tokenizer.encode("lowest", false)?.len() < 6);
 /// # Ok::<(), sequor_tokenizers::Error>(())
 /// ```
-pub fn train_bpe(texts: impl Iterator<Item = String> + Send, options: &BpeOptions) -> Result<Tokenizer> {
+pub fn train_bpe(
+    texts: impl Iterator<Item = String> + Send,
+    options: &BpeOptions,
+) -> Result<Tokenizer> {
     options.check()?;
-    let special: Vec<AddedToken> = options.special_tokens.iter().map(|t| AddedToken::from(t.as_str(), true)).collect();
+    let special: Vec<AddedToken> = options
+        .special_tokens
+        .iter()
+        .map(|t| AddedToken::from(t.as_str(), true))
+        .collect();
     let mut trainer = BpeTrainer::builder()
         .show_progress(false)
         .vocab_size(options.vocab_size)
         .min_frequency(options.min_frequency)
         .special_tokens(special.clone())
         .initial_alphabet((0..=u8::MAX).map(char_of_byte).collect())
-        .max_token_length(options.max_token_length)
+        // The engine's limit is the length that is already too long.
+        .max_token_length(options.max_token_length.map(|n| n.saturating_add(1)))
         .build();
 
     let words = Words::new(options.split)?;
@@ -148,7 +163,9 @@ pub fn train_bpe(texts: impl Iterator<Item = String> + Send, options: &BpeOption
     let mut hf = tokenizers::Tokenizer::new(model);
     hf.with_normalizer(words.normalizer);
     hf.with_pre_tokenizer(Some(words.splitter));
-    hf.with_decoder(Some(part::<DecoderWrapper>(crate::definition::byte_level(true))?));
+    hf.with_decoder(Some(part::<DecoderWrapper>(
+        crate::definition::byte_level(true),
+    )?));
     hf.add_special_tokens(&special);
     let json = guarded("write", || hf.to_string(false))?;
     let mut tokenizer = Tokenizer::from_json_bytes(json.as_bytes())?;
@@ -169,7 +186,10 @@ struct Words {
 
 impl Words {
     fn new(split: Split) -> Result<Self> {
-        Ok(Self { normalizer: part(split.normalizer())?, splitter: part(split.pre_tokenizer())? })
+        Ok(Self {
+            normalizer: part(split.normalizer())?,
+            splitter: part(split.pre_tokenizer())?,
+        })
     }
 
     fn of(&self, text: &str) -> tokenizers::Result<Vec<String>> {
@@ -181,7 +201,10 @@ impl Words {
         let mut pieces = PreTokenizedString::from(normalized);
         self.splitter.pre_tokenize(&mut pieces)?;
         let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
-        Ok(splits.into_iter().flat_map(|(word, _, _)| chunks(word)).collect())
+        Ok(splits
+            .into_iter()
+            .flat_map(|(word, _, _)| chunks(word))
+            .collect())
     }
 }
 
@@ -191,7 +214,10 @@ fn chunks(word: &str) -> Vec<String> {
         return vec![word.to_owned()];
     }
     let characters: Vec<char> = word.chars().collect();
-    characters.chunks(MAX_WORD_CHARS).map(|chunk| chunk.iter().collect()).collect()
+    characters
+        .chunks(MAX_WORD_CHARS)
+        .map(|chunk| chunk.iter().collect())
+        .collect()
 }
 
 /// A part of the engine from its description.
@@ -210,41 +236,48 @@ mod tests {
             (
                 Split::Gpt2,
                 &[
-                    "I", "'", "LL", "Ġit", "'s", "Ġ12345", "Ġ", "Ġx", "ĊĊĠ", "Ġy", "...", "ĉ", "Ab", "1Â½", "!?", "čĊ",
-                    "ĠÃ©",
+                    "I", "'", "LL", "Ġit", "'s", "Ġ12345", "Ġ", "Ġx", "ĊĊĠ", "Ġy", "...", "ĉ",
+                    "Ab", "1Â½", "!?", "čĊ", "ĠÃ©",
                 ],
             ),
             (
                 Split::SmolLm,
                 &[
-                    "I", "'", "LL", "Ġit", "'s", "Ġ", "1", "2", "3", "4", "5", "Ġ", "Ġx", "ĊĊĠ", "Ġy", "...", "ĉ",
-                    "Ab", "1", "Â½", "!?", "čĊ", "ĠÃ©",
+                    "I", "'", "LL", "Ġit", "'s", "Ġ", "1", "2", "3", "4", "5", "Ġ", "Ġx", "ĊĊĠ",
+                    "Ġy", "...", "ĉ", "Ab", "1", "Â½", "!?", "čĊ", "ĠÃ©",
                 ],
             ),
             (
                 Split::Llama3,
                 &[
-                    "I", "'LL", "Ġit", "'s", "Ġ", "123", "45", "Ġ", "Ġx", "ĊĊ", "Ġ", "Ġy", "...", "ĉAb", "1Â½",
-                    "!?čĊ", "ĠÃ©",
+                    "I", "'LL", "Ġit", "'s", "Ġ", "123", "45", "Ġ", "Ġx", "ĊĊ", "Ġ", "Ġy", "...",
+                    "ĉAb", "1Â½", "!?čĊ", "ĠÃ©",
                 ],
             ),
             (
                 Split::Qwen2,
                 &[
-                    "I", "'LL", "Ġit", "'s", "Ġ", "1", "2", "3", "4", "5", "Ġ", "Ġx", "ĊĊ", "Ġ", "Ġy", "...", "ĉAb",
-                    "1", "Â½", "!?čĊ", "ĠÃ©",
+                    "I", "'LL", "Ġit", "'s", "Ġ", "1", "2", "3", "4", "5", "Ġ", "Ġx", "ĊĊ", "Ġ",
+                    "Ġy", "...", "ĉAb", "1", "Â½", "!?čĊ", "ĠÃ©",
                 ],
             ),
         ];
         for (split, words) in expected {
-            assert_eq!(Words::new(split).unwrap().of(text).unwrap(), words, "{split:?}");
+            assert_eq!(
+                Words::new(split).unwrap().of(text).unwrap(),
+                words,
+                "{split:?}"
+            );
         }
     }
 
     #[test]
     fn long_words_are_cut() {
         let parts = chunks(&"é".repeat(600));
-        assert_eq!(parts.iter().map(|p| p.chars().count()).collect::<Vec<_>>(), [256, 256, 88]);
+        assert_eq!(
+            parts.iter().map(|p| p.chars().count()).collect::<Vec<_>>(),
+            [256, 256, 88]
+        );
         assert_eq!(chunks("ab"), ["ab"]);
     }
 }

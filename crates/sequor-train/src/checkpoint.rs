@@ -7,7 +7,7 @@
 //! names the newest. When that one turns out to be damaged, the one before serves.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -59,12 +59,52 @@ impl Store {
     /// [`Error::Io`].
     pub fn open(dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
-        Ok(Self { dir: dir.to_owned() })
+        Ok(Self {
+            dir: dir.to_owned(),
+        })
     }
 
     /// The folder.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Keeps other processes away until the result is dropped or the process ends, however
+    /// it ends, and removes what killed ones left behind. File systems without locks are
+    /// trusted.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when another process trains in this folder; [`Error::Io`].
+    pub fn lock(&self) -> Result<Lock> {
+        let path = self.dir.join(".lock");
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(|e| Error::io(&path, e))?;
+        if let Err(TryLockError::WouldBlock) = file.try_lock() {
+            let what = format!("another process is training in {}", self.dir.display());
+            return Err(Error::Input(what));
+        }
+        for entry in fs::read_dir(&self.dir)
+            .map_err(|e| Error::io(&self.dir, e))?
+            .flatten()
+        {
+            if entry.file_name().to_string_lossy().starts_with(".step-") {
+                // Failing to tidy up is no reason to fail.
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+        Ok(Lock { _file: file })
+    }
+
+    /// Removes the folder with all checkpoints, at once as far as anybody can see.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn remove_all(self) -> Result<()> {
+        remove(&self.dir)
     }
 
     /// Steps of the checkpoints that are there, ascending; damaged ones included.
@@ -73,7 +113,10 @@ impl Store {
     /// [`Error::Io`].
     pub fn steps(&self) -> Result<Vec<u64>> {
         let entries = fs::read_dir(&self.dir).map_err(|e| Error::io(&self.dir, e))?;
-        let mut steps: Vec<u64> = entries.flatten().filter_map(|e| step_of(&e.file_name().to_string_lossy())).collect();
+        let mut steps: Vec<u64> = entries
+            .flatten()
+            .filter_map(|e| step_of(&e.file_name().to_string_lossy()))
+            .collect();
         steps.sort_unstable();
         Ok(steps)
     }
@@ -105,12 +148,25 @@ impl Store {
     }
 
     fn prune(&self, state: &TrainerState) -> Result<()> {
-        let steps: Vec<u64> = self.steps()?.into_iter().filter(|&s| s <= state.step).collect();
+        let steps: Vec<u64> = self
+            .steps()?
+            .into_iter()
+            .filter(|&s| s <= state.step)
+            .collect();
         let newest = &steps[steps.len().saturating_sub(KEEP)..];
-        let mut keep: BTreeSet<u64> = newest.iter().copied().chain(state.best.map(|b| b.step)).collect();
+        let mut keep: BTreeSet<u64> = newest
+            .iter()
+            .copied()
+            .chain(state.best.map(|b| b.step))
+            .collect();
         for &step in newest {
             // Unreadable ones will be found out when they are needed.
-            keep.extend(read_state(&self.path(step)).ok().and_then(|s| s.best).map(|b| b.step));
+            keep.extend(
+                read_state(&self.path(step))
+                    .ok()
+                    .and_then(|s| s.best)
+                    .map(|b| b.step),
+            );
         }
         for step in self.steps()?.into_iter().filter(|s| !keep.contains(s)) {
             remove(&self.path(step))?;
@@ -136,7 +192,9 @@ impl Store {
     /// # Errors
     /// The error of the newest when all are damaged.
     pub fn newest(&self, notice: &mut dyn FnMut(&str)) -> Result<Option<Checkpoint>> {
-        let pointed = fs::read_to_string(self.dir.join(LATEST)).ok().and_then(|s| step_of(s.trim()));
+        let pointed = fs::read_to_string(self.dir.join(LATEST))
+            .ok()
+            .and_then(|s| step_of(s.trim()));
         let mut candidates: Vec<u64> = self.steps()?.into_iter().rev().collect();
         if let Some(at) = candidates.iter().position(|&s| Some(s) == pointed) {
             candidates[..=at].rotate_right(1);
@@ -153,6 +211,12 @@ impl Store {
         }
         first_error.map_or(Ok(None), Err)
     }
+}
+
+/// A folder of checkpoints that this process alone may write to.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
 }
 
 /// A checkpoint that was found whole.
@@ -172,20 +236,35 @@ impl Checkpoint {
         let text = fs::read_to_string(&sums).map_err(|e| damaged(&sums, &e.to_string()))?;
         let mut named = BTreeSet::new();
         for line in text.lines() {
-            let Some((expected, name)) = line.split_once("  ").filter(|(_, n)| [MODEL, OPTIMIZER, EMA, STATE].contains(n)) else {
-                return Err(damaged(&sums, "a line is not a hash and a file of a checkpoint"));
+            let Some((expected, name)) = line
+                .split_once("  ")
+                .filter(|(_, n)| [MODEL, OPTIMIZER, EMA, STATE].contains(n))
+            else {
+                return Err(damaged(
+                    &sums,
+                    "a line is not a hash and a file of a checkpoint",
+                ));
             };
             let file = path.join(name);
             let found = sha256(&file).map_err(|e| damaged(&file, &e.to_string()))?;
             if found != expected {
-                return Err(damaged(&file, &format!("its SHA-256 is {found}, and it was written with {expected}")));
+                return Err(damaged(
+                    &file,
+                    &format!("its SHA-256 is {found}, and it was written with {expected}"),
+                ));
             }
             named.insert(name);
         }
-        if let Some(absent) = [MODEL, OPTIMIZER, STATE].iter().find(|n| !named.contains(**n)) {
+        if let Some(absent) = [MODEL, OPTIMIZER, STATE]
+            .iter()
+            .find(|n| !named.contains(**n))
+        {
             return Err(damaged(&sums, &format!("it has no line for {absent}")));
         }
-        Ok(Self { path: path.to_owned(), state: read_state(path)? })
+        Ok(Self {
+            path: path.to_owned(),
+            state: read_state(path)?,
+        })
     }
 
     /// The folder.
@@ -219,7 +298,11 @@ impl Checkpoint {
     /// # Errors
     /// When the file cannot be read.
     pub fn ema(&self) -> Result<Option<Safetensors>> {
-        if self.path.join(EMA).is_file() { self.tensors(EMA).map(Some) } else { Ok(None) }
+        if self.path.join(EMA).is_file() {
+            self.tensors(EMA).map(Some)
+        } else {
+            Ok(None)
+        }
     }
 
     fn tensors(&self, name: &str) -> Result<Safetensors> {
@@ -232,7 +315,9 @@ fn folder(step: u64) -> String {
 }
 
 fn step_of(name: &str) -> Option<u64> {
-    name.strip_prefix("step-").filter(|d| d.len() >= 8).and_then(|d| d.parse().ok())
+    name.strip_prefix("step-")
+        .filter(|d| d.len() >= 8)
+        .and_then(|d| d.parse().ok())
 }
 
 fn damaged(path: &Path, why: &str) -> Error {
@@ -242,9 +327,13 @@ fn damaged(path: &Path, why: &str) -> Error {
 fn read_state(path: &Path) -> Result<TrainerState> {
     let file = path.join(STATE);
     let bytes = fs::read(&file).map_err(|e| damaged(&file, &e.to_string()))?;
-    let state: TrainerState = serde_json::from_slice(&bytes).map_err(|e| damaged(&file, &e.to_string()))?;
+    let state: TrainerState =
+        serde_json::from_slice(&bytes).map_err(|e| damaged(&file, &e.to_string()))?;
     if state.format != FORMAT {
-        let what = format!("checkpoints of format {} cannot be read, only {FORMAT}", state.format);
+        let what = format!(
+            "checkpoints of format {} cannot be read, only {FORMAT}",
+            state.format
+        );
         return Err(Error::weights(file, what));
     }
     Ok(state)
@@ -260,12 +349,16 @@ fn write(dir: &Path, parts: &Parts) -> Result<()> {
         names.push(EMA);
         write_tensors(&dir.join(EMA), ema)?;
     }
-    let state = serde_json::to_vec_pretty(&parts.state).map_err(|e| Error::Input(format!("the trainer's state: {e}")))?;
+    let state = serde_json::to_vec_pretty(&parts.state)
+        .map_err(|e| Error::Input(format!("the trainer's state: {e}")))?;
     write_atomic(&dir.join(STATE), &state)?;
     let mut sums = String::new();
     for name in &names {
         let file = dir.join(name);
-        sums += &format!("{}  {name}\n", sha256(&file).map_err(|e| Error::io(&file, e))?);
+        sums += &format!(
+            "{}  {name}\n",
+            sha256(&file).map_err(|e| Error::io(&file, e))?
+        );
     }
     write_atomic(&dir.join(SUMS), sums.as_bytes())
 }
@@ -284,7 +377,11 @@ fn sha256(path: &Path) -> std::io::Result<String> {
             n => hasher.update(&buffer[..n]),
         }
     }
-    Ok(hasher.finalize().iter().map(|b| format!("{b:02x}")).collect())
+    Ok(hasher
+        .finalize()
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect())
 }
 
 /// Removes a folder, in two steps, so that a half-removed one never has a final name.
@@ -292,7 +389,11 @@ fn remove(path: &Path) -> Result<()> {
     if path.symlink_metadata().is_err() {
         return Ok(());
     }
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = path
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     let doomed = path.with_file_name(format!(".{}.removed", name.trim_start_matches('.')));
     let away = || -> std::io::Result<()> {
         if doomed.exists() {
@@ -323,16 +424,29 @@ mod tests {
             seed: 3,
             skipped: 0,
             skipped_in_a_row: 0,
-            best: Some(Best { step: best, value: 1.5 }),
+            best: Some(Best {
+                step: best,
+                value: 1.5,
+            }),
             stale: 0,
             window: Window::default(),
             seconds: 1.0,
             threads: 1,
-            schedule: Schedule { peak: 1.0, warmup: 0, steps: 10, shape: Shape::Constant },
+            schedule: Schedule {
+                peak: 1.0,
+                warmup: 0,
+                steps: 10,
+                shape: Shape::Constant,
+            },
             config: Value::Null,
             config_hash: String::new(),
         };
-        Parts { model: tensors(step as f32), optimizer: tensors(-1.0), ema: None, state }
+        Parts {
+            model: tensors(step as f32),
+            optimizer: tensors(-1.0),
+            ema: None,
+            state,
+        }
     }
 
     fn newest(store: &Store) -> (Option<u64>, Vec<String>) {
@@ -354,9 +468,15 @@ mod tests {
         let c = store.newest(&mut |_| ()).unwrap().unwrap();
         assert_eq!(c.state(), &parts(50, 50).state);
         use sequor_nn::weights::TensorSource;
-        assert_eq!(c.model().unwrap().load("w").unwrap().double_value(&[0]), 50.0);
+        assert_eq!(
+            c.model().unwrap().load("w").unwrap().double_value(&[0]),
+            50.0
+        );
         assert!(c.ema().unwrap().is_none());
-        assert_eq!(fs::read_to_string(dir.path().join(LATEST)).unwrap(), "step-00000050\n");
+        assert_eq!(
+            fs::read_to_string(dir.path().join(LATEST)).unwrap(),
+            "step-00000050\n"
+        );
         // Written again after a fall-back.
         store.save(&parts(50, 20)).unwrap();
         assert_eq!(newest(&store), (Some(50), vec![]));
@@ -396,16 +516,39 @@ mod tests {
         let store = Store::open(dir.path()).unwrap();
         store.save(&parts(10, 10)).unwrap();
         store.save(&parts(20, 10)).unwrap();
-        for junk in [".step-00000030.partial", ".step-00000010.removed", "step-x", "notes"] {
+        for junk in [
+            ".step-00000030.partial",
+            ".step-00000010.removed",
+            "step-x",
+            "notes",
+        ] {
             fs::create_dir(dir.path().join(junk)).unwrap();
         }
         fs::write(dir.path().join(LATEST), "step-99\n").unwrap();
         assert_eq!(newest(&store).0, Some(20));
+        let lock = store.lock().unwrap();
+        assert!(
+            store
+                .lock()
+                .unwrap_err()
+                .to_string()
+                .contains("another process")
+        );
+        drop(lock);
+        let names = || {
+            fs::read_dir(dir.path())
+                .unwrap()
+                .map(|e| e.unwrap().file_name())
+        };
+        assert!(names().all(|n| !n.to_string_lossy().starts_with(".step-")));
         // Killed between renaming a checkpoint and moving the pointer.
         fs::write(dir.path().join(LATEST), "step-00000010\n").unwrap();
         assert_eq!(newest(&store).0, Some(10));
         store.save(&parts(30, 10)).unwrap();
         assert_eq!(newest(&store).0, Some(30));
+        store.remove_all().unwrap();
+        assert!(!dir.path().exists());
+        fs::create_dir(dir.path()).unwrap();
     }
 
     #[test]

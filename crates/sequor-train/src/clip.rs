@@ -15,7 +15,11 @@ pub fn norm(gradient: &Tensor) -> Result<f64> {
 /// The factor that brings a gradient of this norm to at most `max`; 1 when it is
 /// shorter already, or when `max` is 0, which means no clipping.
 pub fn factor(norm: f64, max: f64) -> f64 {
-    if max > 0.0 && norm > max { max / (norm + 1e-6) } else { 1.0 }
+    if max > 0.0 && norm > max {
+        max / (norm + 1e-6)
+    } else {
+        1.0
+    }
 }
 
 #[cfg(test)]

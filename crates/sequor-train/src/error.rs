@@ -36,7 +36,9 @@ pub enum Error {
         now: String,
     },
     /// The loss or its gradient stopped being a number and stayed so.
-    #[error("the gradient was not finite in {steps} steps in a row (last at step {last}); lower the learning rate or the clipping norm, or lengthen the warm-up")]
+    #[error(
+        "the gradient was not finite in {steps} steps in a row (last at step {last}); lower the learning rate or the clipping norm, or lengthen the warm-up"
+    )]
     Diverged {
         /// Number of consecutive steps that were skipped.
         steps: u64,
@@ -72,12 +74,18 @@ pub enum Error {
 impl Error {
     /// An [`Error::Weights`] for `path`.
     pub fn weights(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
-        Self::Weights { path: path.into(), reason: reason.into() }
+        Self::Weights {
+            path: path.into(),
+            reason: reason.into(),
+        }
     }
 
     /// An [`Error::Io`] for `path`.
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+        Self::Io {
+            path: path.into(),
+            source,
+        }
     }
 
     /// An [`Error::Task`] around any other error.

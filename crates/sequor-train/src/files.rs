@@ -13,7 +13,10 @@ use crate::{Error, Result};
 /// # Errors
 /// When the file cannot be written; what `path` held before is untouched then.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    weights::write_atomic(path, |file| file.write_all(bytes).map_err(|e| sequor_nn::Error::io(path, e)))?;
+    weights::write_atomic(path, |file| {
+        file.write_all(bytes)
+            .map_err(|e| sequor_nn::Error::io(path, e))
+    })?;
     Ok(())
 }
 
@@ -24,6 +27,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 pub fn sync_dir(dir: &Path) -> Result<()> {
     // Only Unix can flush a folder.
     #[cfg(unix)]
-    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io(dir, e))?;
+    File::open(dir)
+        .and_then(|d| d.sync_all())
+        .map_err(|e| Error::io(dir, e))?;
     Ok(())
 }

@@ -48,13 +48,22 @@ impl Layout {
         let (mut slots, mut total, mut decayed) = (Vec::<Slot>::with_capacity(params.len()), 0, 0);
         for p in params {
             if !p.tensor.requires_grad() || p.tensor.device() != device {
-                let what = format!("parameter '{}' must require gradients and lie on {device:?}", p.name);
+                let what = format!(
+                    "parameter '{}' must require gradients and lie on {device:?}",
+                    p.name
+                );
                 return Err(Error::Input(what));
             }
             let shape = p.tensor.size();
             let len = shape.iter().product::<i64>();
             let decay = decays(&p);
-            slots.push(Slot { name: p.name, param: p.tensor, shape, offset: total, len });
+            slots.push(Slot {
+                name: p.name,
+                param: p.tensor,
+                shape,
+                offset: total,
+                len,
+            });
             total += len;
             if decay {
                 decayed = total;
@@ -63,9 +72,17 @@ impl Layout {
         let mut names: Vec<&str> = slots.iter().map(|s| s.name.as_str()).collect();
         names.sort_unstable();
         if let Some(twice) = names.windows(2).find(|w| w[0] == w[1]) {
-            return Err(Error::Input(format!("parameter '{}' occurs twice", twice[0])));
+            return Err(Error::Input(format!(
+                "parameter '{}' occurs twice",
+                twice[0]
+            )));
         }
-        Ok(Self { slots, decayed, total, device })
+        Ok(Self {
+            slots,
+            decayed,
+            total,
+            device,
+        })
     }
 
     /// Number of values.
@@ -107,7 +124,14 @@ impl Layout {
     /// # Errors
     /// When `flat` has another length.
     pub fn views(&self, flat: &Tensor) -> Result<Vec<Tensor>> {
-        self.slots.iter().map(|s| Ok(flat.f_narrow(0, s.offset, s.len)?.f_view(s.shape.as_slice())?)).collect()
+        self.slots
+            .iter()
+            .map(|s| {
+                Ok(flat
+                    .f_narrow(0, s.offset, s.len)?
+                    .f_view(s.shape.as_slice())?)
+            })
+            .collect()
     }
 
     /// The model's parameters as a flat f32 vector (a copy).
@@ -140,12 +164,23 @@ impl Layout {
     /// # Errors
     /// When `flat` has another length.
     pub fn named(&self, flat: &Tensor, suffix: &str) -> Result<Vec<(String, Tensor)>> {
-        Ok(self.slots.iter().map(|s| format!("{}{suffix}", s.name)).zip(self.views(flat)?).collect())
+        Ok(self
+            .slots
+            .iter()
+            .map(|s| format!("{}{suffix}", s.name))
+            .zip(self.views(flat)?)
+            .collect())
     }
 
     /// The parameters as the model has them, by name.
-    pub fn named_params(&self) -> Vec<(String, Tensor)> {
-        self.slots.iter().map(|s| (s.name.clone(), s.param.detach())).collect()
+    ///
+    /// # Errors
+    /// When libtorch cannot detach one of them.
+    pub fn named_params(&self) -> Result<Vec<(String, Tensor)>> {
+        self.slots
+            .iter()
+            .map(|s| Ok((s.name.clone(), s.param.f_detach()?)))
+            .collect()
     }
 
     /// Fills a flat vector from a state dict written by [`named`](Self::named).
@@ -159,7 +194,10 @@ impl Layout {
             let found = source.info(&name).map(|i| i.shape);
             if found.as_ref() != Some(&slot.shape) {
                 let found = found.map_or("it is missing".into(), |f| format!("the file has {f:?}"));
-                let what = format!("tensor '{name}' must be {:?}, but {found}; this checkpoint is of another model", slot.shape);
+                let what = format!(
+                    "tensor '{name}' must be {:?}, but {found}; this checkpoint is of another model",
+                    slot.shape
+                );
                 return Err(Error::weights(source.path(), what));
             }
             view.f_copy_(&source.load(&name)?)?;
@@ -186,9 +224,17 @@ pub(crate) mod tests {
     fn decayed_parameters_come_first_and_round_trip() {
         for kind in [Kind::Float, Kind::BFloat16] {
             let layout = Layout::new(builder(kind).params()).unwrap();
-            assert_eq!((layout.len(), layout.decayed(), layout.is_f32()), (11, 6, kind == Kind::Float));
+            assert_eq!(
+                (layout.len(), layout.decayed(), layout.is_f32()),
+                (11, 6, kind == Kind::Float)
+            );
             let flat = layout.gather().unwrap();
-            let names: Vec<String> = layout.named(&flat, ".m").unwrap().into_iter().map(|(n, _)| n).collect();
+            let names: Vec<String> = layout
+                .named(&flat, ".m")
+                .unwrap()
+                .into_iter()
+                .map(|(n, _)| n)
+                .collect();
             assert_eq!(names, ["z.weight.m", "a.norm.m", "b.bias.m"]);
             layout.publish(&(&flat * 2.0)).unwrap();
             assert!(layout.gather().unwrap().equal(&(flat * 2.0)));
@@ -199,9 +245,26 @@ pub(crate) mod tests {
     #[test]
     fn what_cannot_be_trained_is_refused() {
         assert!(Layout::new(Vec::new()).is_err());
-        let twice = [0, 1].into_iter().flat_map(|_| builder(Kind::Float).params()).collect();
-        assert!(Layout::new(twice).unwrap_err().to_string().contains("occurs twice"));
-        let fixed = Param { name: "x".into(), tensor: Tensor::zeros([2], (Kind::Float, Device::Cpu)), role: Role::Vector };
-        assert!(Layout::new(vec![fixed]).unwrap_err().to_string().contains("'x'"));
+        let twice = [0, 1]
+            .into_iter()
+            .flat_map(|_| builder(Kind::Float).params())
+            .collect();
+        assert!(
+            Layout::new(twice)
+                .unwrap_err()
+                .to_string()
+                .contains("occurs twice")
+        );
+        let fixed = Param {
+            name: "x".into(),
+            tensor: Tensor::zeros([2], (Kind::Float, Device::Cpu)),
+            role: Role::Vector,
+        };
+        assert!(
+            Layout::new(vec![fixed])
+                .unwrap_err()
+                .to_string()
+                .contains("'x'")
+        );
     }
 }

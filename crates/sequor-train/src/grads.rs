@@ -25,7 +25,11 @@ impl Gradients {
     /// When there is no memory for them.
     pub fn new(layout: &Layout) -> Result<Self> {
         let flat = layout.zeros()?;
-        Ok(Self { params: layout.params(), views: layout.views(&flat)?, flat })
+        Ok(Self {
+            params: layout.params(),
+            views: layout.views(&flat)?,
+            flat,
+        })
     }
 
     /// Back to zero.
@@ -76,9 +80,16 @@ mod tests {
             let p = builder(kind);
             let layout = Layout::new(p.params()).unwrap();
             let mut grads = Gradients::new(&layout).unwrap();
-            let bias = p.params().into_iter().find(|p| p.name == "b.bias").unwrap().tensor;
+            let bias = p
+                .params()
+                .into_iter()
+                .find(|p| p.name == "b.bias")
+                .unwrap()
+                .tensor;
             for factor in [1.0, 2.5] {
-                grads.add(&(bias.to_kind(Kind::Float) * factor).sum(Kind::Float)).unwrap();
+                grads
+                    .add(&(bias.to_kind(Kind::Float) * factor).sum(Kind::Float))
+                    .unwrap();
             }
             let got = Vec::<f32>::try_from(grads.flat()).unwrap();
             assert_eq!(got, [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.5, 3.5]);

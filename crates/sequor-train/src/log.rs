@@ -43,8 +43,14 @@ impl Log {
             }
         }
         write_atomic(path, kept.as_bytes())?;
-        let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io(path, e))?;
-        Ok(Self { path: path.to_owned(), file })
+        let file = OpenOptions::new()
+            .append(true)
+            .open(path)
+            .map_err(|e| Error::io(path, e))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+        })
     }
 
     /// Appends a line.
@@ -54,7 +60,9 @@ impl Log {
     pub fn write(&mut self, record: &Record) -> Result<()> {
         let mut line = Value::Object(record.clone()).to_string();
         line.push('\n');
-        self.file.write_all(line.as_bytes()).map_err(|e| Error::io(&self.path, e))
+        self.file
+            .write_all(line.as_bytes())
+            .map_err(|e| Error::io(&self.path, e))
     }
 
     /// Makes what was written durable. A checkpoint must not be newer than its log.
@@ -77,8 +85,12 @@ pub fn read(path: &Path) -> Result<Vec<Record>> {
 fn lines(path: &Path) -> Result<Vec<(String, Record)>> {
     let text = fs::read(path).map_err(|e| Error::io(path, e))?;
     let text = String::from_utf8_lossy(&text);
-    let whole = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
-    Ok(whole.filter_map(|l| Some((l.to_owned(), serde_json::from_str::<Record>(l).ok()?))).collect())
+    let whole = text
+        .split_inclusive('\n')
+        .filter_map(|line| line.strip_suffix('\n'));
+    Ok(whole
+        .filter_map(|l| Some((l.to_owned(), serde_json::from_str::<Record>(l).ok()?)))
+        .collect())
 }
 
 /// The `step` of a record.
@@ -92,7 +104,10 @@ mod tests {
     use serde_json::json;
 
     fn record(step: u64) -> Record {
-        json!({"kind": "train", "step": step, "loss": 0.1 + step as f64}).as_object().unwrap().clone()
+        json!({"kind": "train", "step": step, "loss": 0.1 + step as f64})
+            .as_object()
+            .unwrap()
+            .clone()
     }
 
     #[test]
@@ -105,7 +120,12 @@ mod tests {
         let mut log = Log::open(&b, 0).unwrap();
         (1..=5).for_each(|s| log.write(&record(s)).unwrap());
         log.sync().unwrap();
-        fs::OpenOptions::new().append(true).open(&b).unwrap().write_all(b"{\"step\": 6, \"lo").unwrap();
+        fs::OpenOptions::new()
+            .append(true)
+            .open(&b)
+            .unwrap()
+            .write_all(b"{\"step\": 6, \"lo")
+            .unwrap();
         let mut log = Log::open(&b, 3).unwrap();
         (4..=6).for_each(|s| log.write(&record(s)).unwrap());
         assert_eq!(fs::read(&a).unwrap(), fs::read(&b).unwrap());

@@ -27,7 +27,11 @@ pub struct AdamWOptions {
 
 impl Default for AdamWOptions {
     fn default() -> Self {
-        Self { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1 }
+        Self {
+            betas: (0.9, 0.95),
+            eps: 1e-8,
+            weight_decay: 0.1,
+        }
     }
 }
 
@@ -43,10 +47,16 @@ impl AdamWOptions {
             }
         }
         if !(self.eps > 0.0 && self.eps.is_finite()) {
-            return Err(Error::Config(format!("eps = {} must be positive", self.eps)));
+            return Err(Error::Config(format!(
+                "eps = {} must be positive",
+                self.eps
+            )));
         }
         if !(self.weight_decay >= 0.0 && self.weight_decay.is_finite()) {
-            return Err(Error::Config(format!("weight_decay = {} must be at least 0", self.weight_decay)));
+            return Err(Error::Config(format!(
+                "weight_decay = {} must be at least 0",
+                self.weight_decay
+            )));
         }
         Ok(())
     }
@@ -76,7 +86,13 @@ impl AdamW {
     pub fn new(layout: &Layout, options: AdamWOptions) -> Result<Self> {
         options.validate()?;
         let (exp_avg, exp_avg_sq) = (layout.zeros()?, layout.zeros()?);
-        Ok(Self { options, master: layout.gather()?, exp_avg, exp_avg_sq, updates: 0 })
+        Ok(Self {
+            options,
+            master: layout.gather()?,
+            exp_avg,
+            exp_avg_sq,
+            updates: 0,
+        })
     }
 
     /// One update against the flat gradient, with learning rate `lr`; the new weights
@@ -86,17 +102,31 @@ impl AdamW {
     /// When `gradient` has another length than the layout.
     pub fn step(&mut self, layout: &Layout, gradient: &Tensor, lr: f64) -> Result<()> {
         let _no_grad = no_grad_guard();
-        let AdamWOptions { betas: (b1, b2), eps, weight_decay } = self.options;
+        let AdamWOptions {
+            betas: (b1, b2),
+            eps,
+            weight_decay,
+        } = self.options;
         self.updates += 1;
         let t = self.updates as f64;
         let _ = self.exp_avg.f_lerp_(gradient, 1.0 - b1)?;
         let _ = self.exp_avg_sq.f_lerp_(&gradient.f_square()?, 1.0 - b2)?;
         if weight_decay > 0.0 && layout.decayed() > 0 {
-            let _ = self.master.f_narrow(0, 0, layout.decayed())?.f_mul_scalar_(1.0 - lr * weight_decay)?;
+            let _ = self
+                .master
+                .f_narrow(0, 0, layout.decayed())?
+                .f_mul_scalar_(1.0 - lr * weight_decay)?;
         }
         // The bias corrections 1 - b^t make up for moments that began at zero.
-        let root = self.exp_avg_sq.f_sqrt()?.f_mul_scalar_((1.0 - b2.powf(t)).sqrt().recip())?.f_add_scalar_(eps)?;
-        let update = self.exp_avg.f_div(&root)?.f_mul_scalar_(-lr / (1.0 - b1.powf(t)))?;
+        let root = self
+            .exp_avg_sq
+            .f_sqrt()?
+            .f_mul_scalar_((1.0 - b2.powf(t)).sqrt().recip())?
+            .f_add_scalar_(eps)?;
+        let update = self
+            .exp_avg
+            .f_div(&root)?
+            .f_mul_scalar_(-lr / (1.0 - b1.powf(t)))?;
         let _ = self.master.f_add_(&update)?;
         layout.publish(&self.master)
     }
@@ -160,9 +190,9 @@ mod tests {
 
     impl Reference {
         fn step(&mut self, g: &[f64], lr: f64, t: i32, o: AdamWOptions, decayed: usize) {
-            for i in 0..self.w.len() {
-                self.m[i] = o.betas.0 * self.m[i] + (1.0 - o.betas.0) * g[i];
-                self.v[i] = o.betas.1 * self.v[i] + (1.0 - o.betas.1) * g[i] * g[i];
+            for (i, &g) in g.iter().enumerate() {
+                self.m[i] = o.betas.0 * self.m[i] + (1.0 - o.betas.0) * g;
+                self.v[i] = o.betas.1 * self.v[i] + (1.0 - o.betas.1) * g * g;
                 let m = self.m[i] / (1.0 - o.betas.0.powi(t));
                 let v = self.v[i] / (1.0 - o.betas.1.powi(t));
                 let decay = if i < decayed { o.weight_decay } else { 0.0 };
@@ -172,7 +202,9 @@ mod tests {
     }
 
     fn gradient(step: usize) -> Vec<f64> {
-        (0..11).map(|i| (0.7 * i as f64 + 1.3 * step as f64).sin() * 0.1f64.powi(i % 3)).collect()
+        (0..11)
+            .map(|i| (0.7 * i as f64 + 1.3 * step as f64).sin() * 0.1f64.powi(i % 3))
+            .collect()
     }
 
     fn flat(values: &[f64]) -> Tensor {
@@ -187,10 +219,17 @@ mod tests {
     fn agrees_with_the_paper_and_decays_matrices_only() {
         for kind in [Kind::Float, Kind::BFloat16] {
             let layout = Layout::new(builder(kind).params()).unwrap();
-            let options = AdamWOptions { weight_decay: 0.3, ..Default::default() };
+            let options = AdamWOptions {
+                weight_decay: 0.3,
+                ..Default::default()
+            };
             let mut adamw = AdamW::new(&layout, options).unwrap();
             let w = values(adamw.master());
-            let mut reference = Reference { m: vec![0.0; w.len()], v: vec![0.0; w.len()], w };
+            let mut reference = Reference {
+                m: vec![0.0; w.len()],
+                v: vec![0.0; w.len()],
+                w,
+            };
             for t in 1..=30 {
                 let g = gradient(t);
                 adamw.step(&layout, &flat(&g), 0.01).unwrap();
@@ -202,7 +241,11 @@ mod tests {
             // The model computes with the rounded master weights.
             let rounded = adamw.master().to_kind(kind).to_kind(Kind::Float);
             let norm = 6..9; // always f32
-            for (i, (got, want)) in values(&layout.gather().unwrap()).iter().zip(values(&rounded)).enumerate() {
+            for (i, (got, want)) in values(&layout.gather().unwrap())
+                .iter()
+                .zip(values(&rounded))
+                .enumerate()
+            {
                 assert!(*got == want || norm.contains(&i));
             }
         }
@@ -211,8 +254,26 @@ mod tests {
     #[test]
     fn options_out_of_range_are_named() {
         let check = |o: AdamWOptions| o.validate().unwrap_err().to_string();
-        assert!(check(AdamWOptions { betas: (0.9, 1.0), ..Default::default() }).contains("betas[1]"));
-        assert!(check(AdamWOptions { eps: 0.0, ..Default::default() }).contains("eps"));
-        assert!(check(AdamWOptions { weight_decay: f64::NAN, ..Default::default() }).contains("weight_decay"));
+        assert!(
+            check(AdamWOptions {
+                betas: (0.9, 1.0),
+                ..Default::default()
+            })
+            .contains("betas[1]")
+        );
+        assert!(
+            check(AdamWOptions {
+                eps: 0.0,
+                ..Default::default()
+            })
+            .contains("eps")
+        );
+        assert!(
+            check(AdamWOptions {
+                weight_decay: f64::NAN,
+                ..Default::default()
+            })
+            .contains("weight_decay")
+        );
     }
 }

@@ -1,6 +1,6 @@
 //! A picture of a run: training and held-out loss over the steps, as PNG.
 //!
-//! Letters come from a small bitmap font, so that no font of the system is needed and
+//! Letters come from a bitmap font, so that no font of the system is needed and
 //! the picture is the same everywhere.
 
 mod axis;
@@ -56,7 +56,9 @@ pub fn plot(records: &[Record], options: &PlotOptions, path: &Path) -> Result<()
     let train = points(records, "train", "loss");
     let held = points(records, "eval", &options.held_out);
     if train.len() + held.len() < 2 {
-        return Err(Error::Input("a log with fewer than two values of the loss cannot be drawn".into()));
+        return Err(Error::Input(
+            "a log with fewer than two values of the loss cannot be drawn".into(),
+        ));
     }
     let io = |e: &dyn std::fmt::Display| Error::io(path, std::io::Error::other(e.to_string()));
     let mut pixels = vec![255; 3 * (SIZE.0 * SIZE.1) as usize * (ZOOM * ZOOM) as usize];
@@ -79,7 +81,10 @@ fn save(pixels: &[u8], path: &Path) -> Drawn {
                 let sum: usize = (0..zoom * zoom).map(|i| usize::from(pixels[at(i)])).sum();
                 (sum / (zoom * zoom)) as u8
             };
-            canvas.draw_pixel((x as i32, y as i32), &RGBColor(block(0), block(1), block(2)))?;
+            canvas.draw_pixel(
+                (x as i32, y as i32),
+                &RGBColor(block(0), block(1), block(2)),
+            )?;
         }
     }
     canvas.present()?;
@@ -87,7 +92,9 @@ fn save(pixels: &[u8], path: &Path) -> Drawn {
 }
 
 fn points(records: &[Record], kind: &str, field: &str) -> Points {
-    let of_kind = records.iter().filter(|r| r.get("kind").and_then(|k| k.as_str()) == Some(kind));
+    let of_kind = records
+        .iter()
+        .filter(|r| r.get("kind").and_then(|k| k.as_str()) == Some(kind));
     let xy = of_kind.filter_map(|r| Some((step_of(r)? as f64, r.get(field)?.as_f64()?)));
     xy.filter(|(_, y)| y.is_finite()).collect()
 }
@@ -101,10 +108,17 @@ fn smooth(points: &[(f64, f64)]) -> Points {
         &points[i - reach..=i + reach]
     };
     let mean = |w: &[(f64, f64)]| w.iter().map(|p| p.1).sum::<f64>() / w.len() as f64;
-    (0..points.len()).map(|i| (points[i].0, mean(window(i)))).collect()
+    (0..points.len())
+        .map(|i| (points[i].0, mean(window(i))))
+        .collect()
 }
 
-fn draw(train: &[(f64, f64)], held: &[(f64, f64)], options: &PlotOptions, pixels: &mut [u8]) -> Drawn {
+fn draw(
+    train: &[(f64, f64)],
+    held: &[(f64, f64)],
+    options: &PlotOptions,
+    pixels: &mut [u8],
+) -> Drawn {
     let (left, right, top, bottom) = FRAME;
     let size = (SIZE.0 * ZOOM as u32, SIZE.1 * ZOOM as u32);
     let canvas = BitMapBackend::with_buffer(pixels, size).into_drawing_area();
@@ -112,25 +126,51 @@ fn draw(train: &[(f64, f64)], held: &[(f64, f64)], options: &PlotOptions, pixels
 
     let all = || train.iter().chain(held);
     let last = all().map(|p| p.0).fold(1.0, f64::max);
-    let (low, high) = all().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), p| (l.min(p.1), h.max(p.1)));
+    let (low, high) = all().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), p| {
+        (l.min(p.1), h.max(p.1))
+    });
     let (y_ticks, x_ticks) = (ticks(low, high, 8), ticks(0.0, last, 8));
     let pad = 0.03 * (high - low).max(1e-6);
     let (y_low, y_high) = (low - pad, high + pad);
 
     let x_range = RangedCoordf64::from(0.0..last);
     let y_range = RangedCoordf64::from(y_low..y_high);
-    let curves = canvas.clone().apply_coord_spec(Cartesian2d::new(x_range, y_range, (left..right, bottom..top)));
+    let curves = canvas.clone().apply_coord_spec(Cartesian2d::new(
+        x_range,
+        y_range,
+        (left..right, bottom..top),
+    ));
 
-    for y in y_ticks.values.iter().filter(|y| (y_low..=y_high).contains(*y)) {
+    for y in y_ticks
+        .values
+        .iter()
+        .filter(|y| (y_low..=y_high).contains(*y))
+    {
         let (_, py) = curves.map_coordinate(&(0.0, *y));
         line(&canvas, (left, py), (right, py), GRID)?;
-        draw_text(&canvas, &y_ticks.label(*y), (left - 14 * ZOOM, py), 2, FAINT, Anchor::Right, Turn::None)?;
+        draw_text(
+            &canvas,
+            &y_ticks.label(*y),
+            (left - 14 * ZOOM, py),
+            2,
+            FAINT,
+            Anchor::Right,
+            Turn::None,
+        )?;
     }
     for x in x_ticks.values.iter().filter(|x| (0.0..=last).contains(*x)) {
         let (px, _) = curves.map_coordinate(&(*x, y_low));
         line(&canvas, (px, top), (px, bottom), GRID)?;
         line(&canvas, (px, bottom), (px, bottom + 7 * ZOOM), INK)?;
-        draw_text(&canvas, &x_ticks.label(*x), (px, bottom + 24 * ZOOM), 2, FAINT, Anchor::Middle, Turn::None)?;
+        draw_text(
+            &canvas,
+            &x_ticks.label(*x),
+            (px, bottom + 24 * ZOOM),
+            2,
+            FAINT,
+            Anchor::Middle,
+            Turn::None,
+        )?;
     }
 
     curve(&curves, train, TRAIN.mix(0.30), 1)?;
@@ -140,28 +180,70 @@ fn draw(train: &[(f64, f64)], held: &[(f64, f64)], options: &PlotOptions, pixels
         curves.draw(&Circle::new(*point, 4 * ZOOM, HELD.filled()))?;
     }
     if let Some(best) = held.iter().min_by(|a, b| a.1.total_cmp(&b.1)) {
-        curves.draw(&Circle::new(*best, 9 * ZOOM, HELD.stroke_width(2 * ZOOM as u32)))?;
+        curves.draw(&Circle::new(
+            *best,
+            9 * ZOOM,
+            HELD.stroke_width(2 * ZOOM as u32),
+        ))?;
     }
     line(&canvas, (left, top), (left, bottom), INK)?;
     line(&canvas, (left, bottom), (right, bottom), INK)?;
 
     let x_middle = (left + right) / 2;
-    draw_text(&canvas, &options.title, (left, 32 * ZOOM), 3, INK, Anchor::Left, Turn::None)?;
-    draw_text(&canvas, &options.subtitle, (left, 64 * ZOOM), 2, FAINT, Anchor::Left, Turn::None)?;
-    draw_text(&canvas, "step", (x_middle, bottom + 64 * ZOOM), 2, INK, Anchor::Middle, Turn::None)?;
-    draw_text(&canvas, &options.y_label, (26 * ZOOM, (top + bottom) / 2), 2, INK, Anchor::Middle, Turn::Left)?;
+    draw_text(
+        &canvas,
+        &options.title,
+        (left, 32 * ZOOM),
+        3,
+        INK,
+        Anchor::Left,
+        Turn::None,
+    )?;
+    draw_text(
+        &canvas,
+        &options.subtitle,
+        (left, 64 * ZOOM),
+        2,
+        FAINT,
+        Anchor::Left,
+        Turn::None,
+    )?;
+    draw_text(
+        &canvas,
+        "step",
+        (x_middle, bottom + 64 * ZOOM),
+        2,
+        INK,
+        Anchor::Middle,
+        Turn::None,
+    )?;
+    draw_text(
+        &canvas,
+        &options.y_label,
+        (26 * ZOOM, (top + bottom) / 2),
+        2,
+        INK,
+        Anchor::Middle,
+        Turn::Left,
+    )?;
     legend(&canvas, !held.is_empty())?;
     canvas.present()?;
     Ok(())
 }
 
 fn line(canvas: &Canvas<'_>, from: (i32, i32), to: (i32, i32), colour: RGBColor) -> Drawn {
-    canvas.draw(&PathElement::new(vec![from, to], colour.stroke_width(ZOOM as u32)))?;
+    canvas.draw(&PathElement::new(
+        vec![from, to],
+        colour.stroke_width(ZOOM as u32),
+    ))?;
     Ok(())
 }
 
 fn curve(curves: &Curves<'_>, points: &[(f64, f64)], colour: RGBAColor, width: u32) -> Drawn {
-    curves.draw(&PathElement::new(points.to_vec(), colour.stroke_width(width * ZOOM as u32)))?;
+    curves.draw(&PathElement::new(
+        points.to_vec(),
+        colour.stroke_width(width * ZOOM as u32),
+    ))?;
     Ok(())
 }
 
@@ -171,17 +253,38 @@ fn legend(canvas: &Canvas<'_>, held: bool) -> Drawn {
     let both = [("training", TRAIN), ("held out", HELD)];
     let entries: &[(&str, RGBColor)] = if held { &both } else { &training };
     let (x, y) = (right - 226 * ZOOM, top + 10 * ZOOM);
-    let corners = [(x, y), (right - 10 * ZOOM, y + (22 + 30 * entries.len() as i32) * ZOOM)];
+    let corners = [
+        (x, y),
+        (
+            right - 10 * ZOOM,
+            y + (22 + 30 * entries.len() as i32) * ZOOM,
+        ),
+    ];
     canvas.draw(&Rectangle::new(corners, WHITE.filled()))?;
     canvas.draw(&Rectangle::new(corners, GRID.stroke_width(ZOOM as u32)))?;
     for (i, (label, colour)) in entries.iter().enumerate() {
         let middle = y + (26 + 30 * i as i32) * ZOOM;
         let stroke = vec![(x + 16 * ZOOM, middle), (x + 56 * ZOOM, middle)];
-        canvas.draw(&PathElement::new(stroke, colour.stroke_width(2 * ZOOM as u32)))?;
+        canvas.draw(&PathElement::new(
+            stroke,
+            colour.stroke_width(2 * ZOOM as u32),
+        ))?;
         if *colour == HELD {
-            canvas.draw(&Circle::new((x + 36 * ZOOM, middle), 4 * ZOOM, colour.filled()))?;
+            canvas.draw(&Circle::new(
+                (x + 36 * ZOOM, middle),
+                4 * ZOOM,
+                colour.filled(),
+            ))?;
         }
-        draw_text(canvas, label, (x + 72 * ZOOM, middle), 2, INK, Anchor::Left, Turn::None)?;
+        draw_text(
+            canvas,
+            label,
+            (x + 72 * ZOOM, middle),
+            2,
+            INK,
+            Anchor::Left,
+            Turn::None,
+        )?;
     }
     Ok(())
 }
@@ -198,10 +301,15 @@ mod tests {
             let loss = 2.9 + 5.4 * (-(s as f64) / 220.0).exp() + 0.12 * noise(s);
             records.push(json!({"kind": "train", "step": s, "loss": loss}));
             if s % 200 == 0 {
-                records.push(json!({"kind": "eval", "step": s, "held_out_loss": loss + 0.0002 * s as f64}));
+                records.push(
+                    json!({"kind": "eval", "step": s, "held_out_loss": loss + 0.0002 * s as f64}),
+                );
             }
         }
-        records.into_iter().map(|r| r.as_object().unwrap().clone()).collect()
+        records
+            .into_iter()
+            .map(|r| r.as_object().unwrap().clone())
+            .collect()
     }
 
     fn options() -> PlotOptions {
@@ -219,11 +327,12 @@ mod tests {
         let path = dir.path().join("loss.png");
         plot(&log(2400), &options(), &path).unwrap();
         let bytes = std::fs::read(&path).unwrap();
-        assert!(bytes.starts_with(b"\x89PNG") && bytes.len() > 5000 && bytes.len() < 300_000, "{}", bytes.len());
+        assert!(
+            bytes.starts_with(b"\x89PNG") && bytes.len() > 5000 && bytes.len() < 300_000,
+            "{}",
+            bytes.len()
+        );
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
-        if let Some(keep) = std::env::var_os("SEQUOR_KEEP_PLOT") {
-            std::fs::copy(&path, keep).unwrap();
-        }
     }
 
     #[test]
@@ -231,7 +340,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("loss.png");
         assert!(plot(&[], &options(), &path).is_err());
-        let flat = |s: u64| json!({"kind": "train", "step": s, "loss": 1.0}).as_object().unwrap().clone();
+        let flat = |s: u64| {
+            json!({"kind": "train", "step": s, "loss": 1.0})
+                .as_object()
+                .unwrap()
+                .clone()
+        };
         plot(&[flat(1), flat(2)], &options(), &path).unwrap();
         let mut huge = flat(3);
         huge.insert("loss".into(), json!(1e300));
@@ -241,8 +355,15 @@ mod tests {
 
     #[test]
     fn smoothing_keeps_straight_lines() {
-        let line: Points = (0..200).map(|i| (f64::from(i), 2.0 * f64::from(i))).collect();
-        assert!(smooth(&line).iter().zip(&line).all(|(a, b)| (a.1 - b.1).abs() < 1e-9));
+        let line: Points = (0..200)
+            .map(|i| (f64::from(i), 2.0 * f64::from(i)))
+            .collect();
+        assert!(
+            smooth(&line)
+                .iter()
+                .zip(&line)
+                .all(|(a, b)| (a.1 - b.1).abs() < 1e-9)
+        );
         assert_eq!(smooth(&line[..1]), &line[..1]);
     }
 }

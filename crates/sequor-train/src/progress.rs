@@ -59,7 +59,13 @@ impl Bar {
     /// A bar on standard error that also shows the metric called `metric`.
     pub fn new(metric: &str) -> Self {
         let bar = ProgressBar::hidden();
-        Self { bar, begun: None, targets: 0, held_out: String::new(), metric: metric.to_owned() }
+        Self {
+            bar,
+            begun: None,
+            targets: 0,
+            held_out: String::new(),
+            metric: metric.to_owned(),
+        }
     }
 }
 
@@ -81,7 +87,10 @@ impl Progress for Bar {
         let seconds = self.begun.map_or(0.0, |(t, _)| t.elapsed().as_secs_f64());
         let speed = self.targets as f64 / seconds.max(1e-9);
         self.bar.set_position(r.step);
-        self.bar.set_message(format!("loss {:.3}{}  {speed:.0} tokens/s", r.loss, self.held_out));
+        self.bar.set_message(format!(
+            "loss {:.3}{}  {speed:.0} tokens/s",
+            r.loss, self.held_out
+        ));
     }
 
     fn record(&mut self, record: &Record) {

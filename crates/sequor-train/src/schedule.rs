@@ -50,15 +50,23 @@ impl Schedule {
             return fail(format!("learning rate {} must be positive", self.peak));
         }
         if self.warmup > self.steps {
-            return fail(format!("a warm-up of {} steps is longer than the run of {}", self.warmup, self.steps));
+            return fail(format!(
+                "a warm-up of {} steps is longer than the run of {}",
+                self.warmup, self.steps
+            ));
         }
         if let Shape::Wsd { decay, .. } = self.shape
             && decay > self.steps - self.warmup
         {
-            return fail(format!("a decay of {decay} steps does not fit between warm-up and end ({} steps)", self.steps - self.warmup));
+            return fail(format!(
+                "a decay of {decay} steps does not fit between warm-up and end ({} steps)",
+                self.steps - self.warmup
+            ));
         }
         match self.shape {
-            Shape::Cosine { min_ratio } | Shape::Wsd { min_ratio, .. } if !(0.0..=1.0).contains(&min_ratio) => {
+            Shape::Cosine { min_ratio } | Shape::Wsd { min_ratio, .. }
+                if !(0.0..=1.0).contains(&min_ratio) =>
+            {
                 fail(format!("min_ratio = {min_ratio} must lie in [0, 1]"))
             }
             _ => Ok(()),
@@ -74,7 +82,9 @@ impl Schedule {
             Shape::Constant => self.peak,
             Shape::Cosine { min_ratio } => {
                 let share = progress(step, self.warmup, self.steps);
-                self.peak * (min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + (std::f64::consts::PI * share).cos()))
+                self.peak
+                    * (min_ratio
+                        + (1.0 - min_ratio) * 0.5 * (1.0 + (std::f64::consts::PI * share).cos()))
             }
             Shape::Wsd { decay, min_ratio } => {
                 let share = progress(step, self.steps.saturating_sub(decay), self.steps);
@@ -95,13 +105,25 @@ mod tests {
     use super::*;
 
     fn schedule(shape: Shape) -> Schedule {
-        Schedule { peak: 2.0, warmup: 4, steps: 24, shape }
+        Schedule {
+            peak: 2.0,
+            warmup: 4,
+            steps: 24,
+            shape,
+        }
     }
 
     #[test]
     fn rates_follow_their_shapes() {
         let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} {b}");
-        for shape in [Shape::Constant, Shape::Cosine { min_ratio: 0.1 }, Shape::Wsd { decay: 10, min_ratio: 0.0 }] {
+        for shape in [
+            Shape::Constant,
+            Shape::Cosine { min_ratio: 0.1 },
+            Shape::Wsd {
+                decay: 10,
+                min_ratio: 0.0,
+            },
+        ] {
             let s = schedule(shape);
             s.validate().unwrap();
             close(s.at(0), 0.5);
@@ -112,20 +134,46 @@ mod tests {
         close(s.at(14), 1.1);
         close(s.at(24), 0.2);
         close(s.at(1000), 0.2);
-        let s = schedule(Shape::Wsd { decay: 10, min_ratio: 0.0 });
+        let s = schedule(Shape::Wsd {
+            decay: 10,
+            min_ratio: 0.0,
+        });
         close(s.at(14), 2.0);
         close(s.at(19), 1.0);
         close(s.at(24), 0.0);
-        let one = Schedule { peak: 1.0, warmup: 0, steps: 0, shape: Shape::Cosine { min_ratio: 0.5 } };
+        let one = Schedule {
+            peak: 1.0,
+            warmup: 0,
+            steps: 0,
+            shape: Shape::Cosine { min_ratio: 0.5 },
+        };
         assert!(one.at(0).is_finite());
     }
 
     #[test]
     fn contradictions_are_named() {
         let check = |s: Schedule| s.validate().unwrap_err().to_string();
-        assert!(check(Schedule { warmup: 25, ..schedule(Shape::Constant) }).contains("warm-up of 25"));
-        assert!(check(schedule(Shape::Wsd { decay: 21, min_ratio: 0.0 })).contains("decay of 21"));
+        assert!(
+            check(Schedule {
+                warmup: 25,
+                ..schedule(Shape::Constant)
+            })
+            .contains("warm-up of 25")
+        );
+        assert!(
+            check(schedule(Shape::Wsd {
+                decay: 21,
+                min_ratio: 0.0
+            }))
+            .contains("decay of 21")
+        );
         assert!(check(schedule(Shape::Cosine { min_ratio: 2.0 })).contains("min_ratio = 2"));
-        assert!(check(Schedule { peak: f64::INFINITY, ..schedule(Shape::Constant) }).contains("learning rate"));
+        assert!(
+            check(Schedule {
+                peak: f64::INFINITY,
+                ..schedule(Shape::Constant)
+            })
+            .contains("learning rate")
+        );
     }
 }

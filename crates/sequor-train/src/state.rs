@@ -87,14 +87,17 @@ mod exact {
 /// Identity of a run's settings: 64 bits of FNV-1a over their JSON with sorted keys.
 pub fn config_hash(config: &Value) -> String {
     let text = canonical(config).to_string();
-    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    });
     format!("{hash:016x}")
 }
 
 fn canonical(value: &Value) -> Value {
     match value {
         Value::Object(map) => {
-            let sorted: BTreeMap<&String, Value> = map.iter().map(|(k, v)| (k, canonical(v))).collect();
+            let sorted: BTreeMap<&String, Value> =
+                map.iter().map(|(k, v)| (k, canonical(v))).collect();
             Value::Object(sorted.into_iter().map(|(k, v)| (k.clone(), v)).collect())
         }
         Value::Array(items) => Value::Array(items.iter().map(canonical).collect()),
@@ -108,11 +111,25 @@ pub fn first_difference(saved: &Value, now: &Value) -> Option<(String, String, S
         if let (Value::Object(a), Value::Object(b)) = (a, b) {
             let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
             return keys.into_iter().find_map(|k| {
-                let path = if path.is_empty() { k.clone() } else { format!("{path}.{k}") };
-                walk(&path, a.get(k).unwrap_or(&Value::Null), b.get(k).unwrap_or(&Value::Null))
+                let path = if path.is_empty() {
+                    k.clone()
+                } else {
+                    format!("{path}.{k}")
+                };
+                walk(
+                    &path,
+                    a.get(k).unwrap_or(&Value::Null),
+                    b.get(k).unwrap_or(&Value::Null),
+                )
             });
         }
-        let show = |v: &Value| if v.is_null() { "absent".to_owned() } else { v.to_string() };
+        let show = |v: &Value| {
+            if v.is_null() {
+                "absent".to_owned()
+            } else {
+                v.to_string()
+            }
+        };
         (a != b).then(|| (path.to_owned(), show(a), show(b)))
     }
     walk("", saved, now)
@@ -131,7 +148,10 @@ mod tests {
         assert_eq!(first_difference(&a, &b), None);
         let c = json!({"a": 1, "b": {"c": [2, 1]}});
         assert_ne!(config_hash(&a), config_hash(&c));
-        assert_eq!(first_difference(&a, &c).unwrap(), ("b.c".into(), "[1,2]".into(), "[2,1]".into()));
+        assert_eq!(
+            first_difference(&a, &c).unwrap(),
+            ("b.c".into(), "[1,2]".into(), "[2,1]".into())
+        );
         assert_eq!(first_difference(&a, &json!({"a": 1})).unwrap().2, "absent");
     }
 
@@ -139,7 +159,13 @@ mod tests {
     fn every_bit_of_a_sum_survives() {
         for loss in [0.1 + 0.2, 1e-310, 12345.678901234567, f64::MAX] {
             let text = serde_json::to_string(&Window { loss, targets: 3 }).unwrap();
-            assert_eq!(serde_json::from_str::<Window>(&text).unwrap().loss.to_bits(), loss.to_bits());
+            assert_eq!(
+                serde_json::from_str::<Window>(&text)
+                    .unwrap()
+                    .loss
+                    .to_bits(),
+                loss.to_bits()
+            );
         }
     }
 }

@@ -8,12 +8,12 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use sequor_kernels::rng::{Key, Purpose};
+use sequor_nn::Tensor;
 use sequor_nn::params::Param;
 use sequor_nn::tch::{manual_seed, no_grad_guard};
-use sequor_nn::Tensor;
 use serde_json::{Value, json};
 
-use crate::checkpoint::{Checkpoint, Parts, Store};
+use crate::checkpoint::{Checkpoint, Lock, Parts, Store};
 use crate::clip;
 use crate::collective::{Collective, Single};
 use crate::ema::Ema;
@@ -186,6 +186,7 @@ pub struct Trainer<'a, T: Task> {
     workplace: Workplace,
     collective: Box<dyn Collective>,
     store: Store,
+    _lock: Lock,
     log: Log,
     layout: Layout,
     gradients: Gradients,
@@ -199,7 +200,8 @@ impl<'a, T: Task> Trainer<'a, T> {
     /// whole (at the beginning when there is none).
     ///
     /// # Errors
-    /// [`Error::Input`] when there are checkpoints and `resume` is false;
+    /// [`Error::Input`] when there are checkpoints and `resume` is false, or another
+    /// process trains in the folder;
     /// [`Error::Resume`] when they are of a run with other settings;
     /// [`Error::Weights`] when all of them are damaged; [`Error::Config`].
     pub fn new(
@@ -211,6 +213,7 @@ impl<'a, T: Task> Trainer<'a, T> {
     ) -> Result<Self> {
         options.validate()?;
         let store = Store::open(&workplace.checkpoints)?;
+        let lock = store.lock()?;
         let found = if resume {
             store.newest(&mut |n| progress.notice(n))?
         } else {
@@ -220,7 +223,10 @@ impl<'a, T: Task> Trainer<'a, T> {
         let layout = Layout::new(task.params())?;
         let gradients = Gradients::new(&layout)?;
         let adamw = AdamW::new(&layout, options.adamw)?;
-        let ema = options.ema.map(|decay| Ema::new(adamw.master(), decay)).transpose()?;
+        let ema = options
+            .ema
+            .map(|decay| Ema::new(adamw.master(), decay))
+            .transpose()?;
         let state = TrainerState {
             format: FORMAT,
             step: 0,
@@ -242,8 +248,20 @@ impl<'a, T: Task> Trainer<'a, T> {
         };
         let log = Log::open(&workplace.log, found.as_ref().map_or(0, |c| c.state().step))?;
         let collective = Box::new(Single);
-        let mut trainer =
-            Self { task, options, workplace, collective, store, log, layout, gradients, adamw, ema, state };
+        let mut trainer = Self {
+            task,
+            options,
+            workplace,
+            collective,
+            store,
+            _lock: lock,
+            log,
+            layout,
+            gradients,
+            adamw,
+            ema,
+            state,
+        };
         if let Some(checkpoint) = found {
             trainer.restore(&checkpoint, progress)?;
         }
@@ -266,8 +284,19 @@ impl<'a, T: Task> Trainer<'a, T> {
         let saved = checkpoint.state();
         if saved.config_hash != self.state.config_hash {
             let (field, saved, now) = first_difference(&saved.config, &self.state.config)
-                .unwrap_or_else(|| ("the settings".into(), saved.config_hash.clone(), self.state.config_hash.clone()));
-            return Err(Error::Resume { path: checkpoint.path().to_owned(), field, saved, now });
+                .unwrap_or_else(|| {
+                    (
+                        "the settings".into(),
+                        saved.config_hash.clone(),
+                        self.state.config_hash.clone(),
+                    )
+                });
+            return Err(Error::Resume {
+                path: checkpoint.path().to_owned(),
+                field,
+                saved,
+                now,
+            });
         }
         if saved.threads != self.state.threads {
             progress.notice(&format!(
@@ -276,13 +305,17 @@ impl<'a, T: Task> Trainer<'a, T> {
             ));
         }
         self.load_weights(&checkpoint.model()?)?;
-        self.adamw.load(&self.layout, &checkpoint.optimizer()?, saved.updates)?;
+        self.adamw
+            .load(&self.layout, &checkpoint.optimizer()?, saved.updates)?;
         if let Some(ema) = &mut self.ema {
             let absent = || Error::weights(checkpoint.path(), "ema.safetensors is missing");
             ema.load(&self.layout, &checkpoint.ema()?.ok_or_else(absent)?)?;
         }
         self.task.set_cursor(&saved.cursor)?;
-        self.state = TrainerState { threads: self.state.threads, ..saved.clone() };
+        self.state = TrainerState {
+            threads: self.state.threads,
+            ..saved.clone()
+        };
         Ok(())
     }
 
@@ -315,7 +348,12 @@ impl<'a, T: Task> Trainer<'a, T> {
         })
     }
 
-    fn steps(&mut self, total: u64, progress: &mut dyn Progress, cancel: &AtomicBool) -> Result<Ended> {
+    fn steps(
+        &mut self,
+        total: u64,
+        progress: &mut dyn Progress,
+        cancel: &AtomicBool,
+    ) -> Result<Ended> {
         let (begun, before) = (Instant::now(), self.state.seconds);
         let mut saved = (Instant::now(), self.state.step);
         loop {
@@ -348,7 +386,9 @@ impl<'a, T: Task> Trainer<'a, T> {
         let mut sums = [0.0, 0.0];
         for micro in 0..self.options.accumulation {
             let site = rank << 32 | micro as u64;
-            let seed = Key::new(self.options.seed, step).stream(site, Purpose::Dropout).next_u64();
+            let seed = Key::new(self.options.seed, step)
+                .stream(site, Purpose::Dropout)
+                .next_u64();
             let MicroLoss { sum, targets } = {
                 let _mine = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
                 manual_seed(seed as i64);
@@ -372,7 +412,10 @@ impl<'a, T: Task> Trainer<'a, T> {
         self.state.epoch = self.task.epoch();
         if norm.is_finite() && loss.is_finite() {
             let _no_grad = no_grad_guard();
-            let _ = self.gradients.flat_mut().f_mul_scalar_(mean * clip::factor(norm, self.options.clip))?;
+            let _ = self
+                .gradients
+                .flat_mut()
+                .f_mul_scalar_(mean * clip::factor(norm, self.options.clip))?;
             self.adamw.step(&self.layout, self.gradients.flat(), lr)?;
             self.state.updates = self.adamw.updates();
             if let Some(ema) = &mut self.ema {
@@ -383,16 +426,27 @@ impl<'a, T: Task> Trainer<'a, T> {
             self.state.window.loss += loss;
             self.state.window.targets += targets as u64;
         } else {
-            progress.notice(&format!("step {step}: the gradient is not finite; the step is skipped"));
+            progress.notice(&format!(
+                "step {step}: the gradient is not finite; the step is skipped"
+            ));
             self.state.skipped += 1;
             self.state.skipped_in_a_row += 1;
             if self.state.skipped_in_a_row >= PATIENCE_WITH_NAN {
-                return Err(Error::Diverged { steps: PATIENCE_WITH_NAN, last: step });
+                return Err(Error::Diverged {
+                    steps: PATIENCE_WITH_NAN,
+                    last: step,
+                });
             }
         }
         let steps = self.options.schedule.steps;
-        let report =
-            StepReport { step: self.state.step, steps, loss: loss * mean, lr, norm, targets: targets as u64 };
+        let report = StepReport {
+            step: self.state.step,
+            steps,
+            loss: loss * mean,
+            lr,
+            norm,
+            targets: targets as u64,
+        };
         progress.step(&report);
         if self.state.step.is_multiple_of(self.options.log_every) || self.state.step == steps {
             let window = std::mem::take(&mut self.state.window);
@@ -421,7 +475,11 @@ impl<'a, T: Task> Trainer<'a, T> {
         let metrics = self.with_best_weights(|task| task.evaluate())?;
         let Some(&value) = metrics.get(&self.options.metric) else {
             let known: Vec<&str> = metrics.keys().map(String::as_str).collect();
-            let what = format!("there is no metric '{}' to judge by (there are: {})", self.options.metric, known.join(", "));
+            let what = format!(
+                "there is no metric '{}' to judge by (there are: {})",
+                self.options.metric,
+                known.join(", ")
+            );
             return Err(Error::Config(what));
         };
         let mut record = json!({"kind": "eval", "step": step, "epoch": self.state.epoch});
@@ -454,7 +512,9 @@ impl<'a, T: Task> Trainer<'a, T> {
     }
 
     fn write(&mut self, record: Value, progress: &mut dyn Progress) -> Result<()> {
-        let Value::Object(record) = record else { return Ok(()) };
+        let Value::Object(record) = record else {
+            return Ok(());
+        };
         self.log.write(&record)?;
         progress.record(&record);
         Ok(())
@@ -465,9 +525,13 @@ impl<'a, T: Task> Trainer<'a, T> {
             return Ok(());
         }
         self.log.sync()?;
-        let ema = self.ema.as_ref().map(|e| self.layout.named(e.average(), "")).transpose()?;
+        let ema = self
+            .ema
+            .as_ref()
+            .map(|e| self.layout.named(e.average(), ""))
+            .transpose()?;
         let parts = Parts {
-            model: self.layout.named_params(),
+            model: self.layout.named_params()?,
             optimizer: self.adamw.state(&self.layout)?,
             ema,
             state: self.state.clone(),

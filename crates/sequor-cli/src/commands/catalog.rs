@@ -42,7 +42,11 @@ fn list(kind: Kind, json: bool) -> Result {
         let size = format!("{:.1} MB", l.size_bytes as f64 / 1e6);
         let here = if l.path.is_some() { "here" } else { "to fetch" };
         let licence = l.licence.unwrap_or_else(|| "no licence stated".into());
-        writeln!(out, "{:width$}  {size:>9}  {here:8}  {licence}\n{:width$}  {}", l.name, "", l.description)?;
+        writeln!(
+            out,
+            "{:width$}  {size:>9}  {here:8}  {licence}\n{:width$}  {}",
+            l.name, "", l.description
+        )?;
     }
     Ok(())
 }

@@ -15,10 +15,17 @@ pub fn run(a: &Chat) -> Result {
     let cancel = cancel_flag()?;
     options.cancel = Some(cancel.clone());
     let pipeline = load(&a.model, &loading, &options)?;
-    let mut messages: Vec<Message> = a.system.iter().map(|s| Message::system(s.clone())).collect();
+    let mut messages: Vec<Message> = a
+        .system
+        .iter()
+        .map(|s| Message::system(s.clone()))
+        .collect();
     let terminal = std::io::stdin().is_terminal();
     if terminal {
-        eprintln!("{} is listening. /reset begins anew, /quit ends, Ctrl-C stops an answer.", a.model.model);
+        eprintln!(
+            "{} is listening. /reset begins anew, /quit ends, Ctrl-C stops an answer.",
+            a.model.model
+        );
     }
     for line in prompts(terminal) {
         let line = line?;

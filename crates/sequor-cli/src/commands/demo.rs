@@ -20,15 +20,32 @@ pub fn run(a: &Demo) -> Result {
     make_folder(&a.out)?;
     let cancel = cancel_flag()?;
     let (path, chat) = model(a.offline)?;
-    let pipeline = TextPipeline::load(&path, &LoadOptions { dtype, ..LoadOptions::default() })?;
+    let pipeline = TextPipeline::load(
+        &path,
+        &LoadOptions {
+            dtype,
+            ..LoadOptions::default()
+        },
+    )?;
     let prompt_text = if chat { CHAT_PROMPT } else { BIBLE_PROMPT };
-    let prompt =
-        if chat { pipeline.chat_prompt(&[Message::user(prompt_text.to_owned())])? } else { pipeline.encode(prompt_text)? };
+    let prompt = if chat {
+        pipeline.chat_prompt(&[Message::user(prompt_text.to_owned())])?
+    } else {
+        pipeline.encode(prompt_text)?
+    };
     println!("prompt: {prompt_text}\n");
     let mut runs = Vec::new();
-    for (title, speculate) in [("plain", Speculate::Off), ("prompt-lookup speculation", Speculate::PromptLookup)] {
+    for (title, speculate) in [
+        ("plain", Speculate::Off),
+        ("prompt-lookup speculation", Speculate::PromptLookup),
+    ] {
         println!("--- {title}, {dtype} ---");
-        let options = TextOptions { max_new_tokens: 128, speculate, cancel: Some(cancel.clone()), ..TextOptions::default() };
+        let options = TextOptions {
+            max_new_tokens: 128,
+            speculate,
+            cancel: Some(cancel.clone()),
+            ..TextOptions::default()
+        };
         let done = stream(&pipeline, &prompt, &options)?;
         if done.cancelled() {
             return Err(Exit::Interrupted);
@@ -42,12 +59,26 @@ pub fn run(a: &Demo) -> Result {
         runs.push((title, done));
     }
     let equal = runs.windows(2).all(|w| w[0].1.tokens == w[1].1.tokens);
-    println!("{}", if equal { "both texts are equal, token for token" } else { "THE TEXTS DIFFER: speculation must not change a text" });
+    println!(
+        "{}",
+        if equal {
+            "both texts are equal, token for token"
+        } else {
+            "THE TEXTS DIFFER: speculation must not change a text"
+        }
+    );
     let page = a.out.join("index.html");
-    let name = path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
+    let name = path.file_name().map_or_else(
+        || path.display().to_string(),
+        |n| n.to_string_lossy().into_owned(),
+    );
     write_whole(&page, &html(&name, dtype, prompt_text, &runs, equal))?;
     println!("wrote {}", page.display());
-    if equal { Ok(()) } else { Err(failure("the two texts differ")) }
+    if equal {
+        Ok(())
+    } else {
+        Err(failure("the two texts differ"))
+    }
 }
 
 /// SmolLM2 where it can be had, else the bundled model.
@@ -58,7 +89,10 @@ fn model(offline: bool) -> Result<(PathBuf, bool)> {
         Err(sequor_data::Error::Cancelled) => Err(Exit::Interrupted),
         Err(e) => {
             println!("SmolLM2 cannot be had ({e}); using the bundled model bible-lm\n");
-            let found = resolver.offline(true).resolve_model("bible-lm").map_err(sequor_text::Error::from)?;
+            let found = resolver
+                .offline(true)
+                .resolve_model("bible-lm")
+                .map_err(sequor_text::Error::from)?;
             Ok((found.path, false))
         }
     }
@@ -69,7 +103,12 @@ fn make_folder(dir: &Path) -> Result {
     std::fs::create_dir_all(dir)
         .and_then(|()| std::fs::write(&probe, b""))
         .and_then(|()| std::fs::remove_file(&probe))
-        .map_err(|e| failure(format!("{}: {e}; choose a folder that can be written with --out", dir.display())))
+        .map_err(|e| {
+            failure(format!(
+                "{}: {e}; choose a folder that can be written with --out",
+                dir.display()
+            ))
+        })
 }
 
 /// Writes a file under its name only when it is whole.
@@ -80,8 +119,18 @@ fn write_whole(path: &Path, text: &str) -> Result {
         .map_err(|e| failure(format!("{}: {e}", path.display())))
 }
 
-fn html(model: &str, dtype: DType, prompt: &str, runs: &[(&str, Generation)], equal: bool) -> String {
-    let escape = |s: &str| s.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+fn html(
+    model: &str,
+    dtype: DType,
+    prompt: &str,
+    runs: &[(&str, Generation)],
+    equal: bool,
+) -> String {
+    let escape = |s: &str| {
+        s.replace('&', "&amp;")
+            .replace('<', "&lt;")
+            .replace('>', "&gt;")
+    };
     let rows: String = runs
         .iter()
         .map(|(title, g)| {
@@ -96,7 +145,11 @@ fn html(model: &str, dtype: DType, prompt: &str, runs: &[(&str, Generation)], eq
             )
         })
         .collect();
-    let verdict = if equal { "Both texts are equal, token for token." } else { "The texts differ." };
+    let verdict = if equal {
+        "Both texts are equal, token for token."
+    } else {
+        "The texts differ."
+    };
     format!(
         "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\n\
          <title>Sequor demo</title>\n<style>body{{font:17px/1.55 system-ui,sans-serif;max-width:46rem;margin:3rem auto;padding:0 1rem;color:#222}}\

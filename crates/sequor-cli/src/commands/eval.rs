@@ -9,11 +9,19 @@ use sequor_text::TextPipeline;
 pub fn run(a: &EvalPerplexity) -> Result {
     let loading = load_options(&a.model)?;
     if a.stride == 0 || a.context < 2 || a.stride >= a.context {
-        return Err(usage("--context must be at least 2 and --stride between 1 and context - 1"));
+        return Err(usage(
+            "--context must be at least 2 and --stride between 1 and context - 1",
+        ));
     }
-    let bytes = std::fs::read(&a.text).map_err(|e| failure(format!("{}: {e}", a.text.display())))?;
-    let text = String::from_utf8(bytes)
-        .map_err(|e| failure(format!("{}: not UTF-8 (first bad byte at {})", a.text.display(), e.utf8_error().valid_up_to())))?;
+    let bytes =
+        std::fs::read(&a.text).map_err(|e| failure(format!("{}: {e}", a.text.display())))?;
+    let text = String::from_utf8(bytes).map_err(|e| {
+        failure(format!(
+            "{}: not UTF-8 (first bad byte at {})",
+            a.text.display(),
+            e.utf8_error().valid_up_to()
+        ))
+    })?;
     let pipeline = TextPipeline::load(&resolve(&a.model.model, a.model.offline)?, &loading)?;
     let score = pipeline.perplexity(&text, a.context, a.stride, a.max_tokens)?;
     let (l, bits) = (&score.likelihood, score.bits_per_byte());

@@ -11,13 +11,19 @@ pub fn run(a: &GenerateText) -> Result {
     let loading = load_options(&a.model)?;
     let mut options = text_options(&a.sampling, &a.speculate)?;
     if a.prompt.is_empty() {
-        return Err(Exit::Usage("the prompt is empty: give the text to continue".into()));
+        return Err(Exit::Usage(
+            "the prompt is empty: give the text to continue".into(),
+        ));
     }
     options.cancel = Some(cancel_flag()?);
     let pipeline = load(&a.model, &loading, &options)?;
     let prompt = if a.chat {
         let system = a.system.iter().map(|s| Message::system(s.clone()));
-        pipeline.chat_prompt(&system.chain([Message::user(a.prompt.clone())]).collect::<Vec<_>>())?
+        pipeline.chat_prompt(
+            &system
+                .chain([Message::user(a.prompt.clone())])
+                .collect::<Vec<_>>(),
+        )?
     } else {
         pipeline.encode(&a.prompt)?
     };
@@ -26,11 +32,19 @@ pub fn run(a: &GenerateText) -> Result {
     if a.json {
         println!("{}", done.to_json());
     }
-    if done.cancelled() { Err(Exit::Interrupted) } else { Ok(()) }
+    if done.cancelled() {
+        Err(Exit::Interrupted)
+    } else {
+        Ok(())
+    }
 }
 
 /// Generates, printing the text as it comes, and ends the line.
-pub fn stream(pipeline: &TextPipeline, prompt: &[u32], options: &TextOptions) -> Result<Generation> {
+pub fn stream(
+    pipeline: &TextPipeline,
+    prompt: &[u32],
+    options: &TextOptions,
+) -> Result<Generation> {
     let mut out = std::io::stdout().lock();
     let mut stream = pipeline.stream_tokens(prompt, options)?;
     for piece in &mut stream {

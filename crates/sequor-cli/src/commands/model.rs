@@ -9,7 +9,10 @@ use std::path::PathBuf;
 
 /// The path of a model by name, fetched when it must be.
 pub fn resolve(name: &str, offline: bool) -> Result<PathBuf> {
-    let found = Resolver::from_env().offline(offline).resolve_model(name).map_err(sequor_text::Error::from)?;
+    let found = Resolver::from_env()
+        .offline(offline)
+        .resolve_model(name)
+        .map_err(sequor_text::Error::from)?;
     Ok(found.path)
 }
 
@@ -18,7 +21,11 @@ pub fn load_options(a: &ModelArgs) -> Result<LoadOptions> {
     if a.threads == Some(0) {
         return Err(usage("--threads must be at least 1"));
     }
-    Ok(LoadOptions { dtype: a.dtype.parse::<DType>().map_err(usage)?, device: parse_device(&a.device).map_err(usage)?, threads: a.threads })
+    Ok(LoadOptions {
+        dtype: a.dtype.parse::<DType>().map_err(usage)?,
+        device: parse_device(&a.device).map_err(usage)?,
+        threads: a.threads,
+    })
 }
 
 /// Checks the options of a generation before anything is fetched or loaded.

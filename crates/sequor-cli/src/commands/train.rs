@@ -11,7 +11,13 @@ pub fn run(a: &TrainLm) -> Result {
         return Err(usage("--threads must be at least 1"));
     }
     let recipe = LmRecipe::from_file(&a.recipe)?;
-    let beside = a.recipe.parent().map(|p| if p.as_os_str().is_empty() { ".".into() } else { p.to_path_buf() });
+    let beside = a.recipe.parent().map(|p| {
+        if p.as_os_str().is_empty() {
+            ".".into()
+        } else {
+            p.to_path_buf()
+        }
+    });
     let out = a.out.clone().or(beside).unwrap_or_else(|| ".".into());
     if a.restart {
         remove_checkpoints(&out)?;
@@ -23,7 +29,6 @@ pub fn run(a: &TrainLm) -> Result {
         save_every: std::time::Duration::from_secs(a.save_every),
         keep_checkpoints: a.keep_checkpoints,
         command: Some(format!("sequor train lm {}", a.recipe.display())),
-        ..LmRun::default()
     };
     let cancel = cancel_flag()?;
     let mut bar = sequor_train::Bar::new("bits_per_byte");
@@ -45,7 +50,9 @@ pub fn run(a: &TrainLm) -> Result {
 fn remove_checkpoints(out: &Path) -> Result {
     let dir = out.join(".checkpoints");
     match std::fs::remove_dir_all(&dir) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(failure(format!("{}: {e}", dir.display()))),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(failure(format!("{}: {e}", dir.display())))
+        }
         _ => Ok(()),
     }
 }

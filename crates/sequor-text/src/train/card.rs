@@ -5,12 +5,24 @@ use super::lm::LmReport;
 use super::recipe::LmRecipe;
 
 /// The text of `README.md`.
-pub(super) fn card(recipe: &LmRecipe, corpus: &Corpus, report: &LmReport, command: Option<&str>) -> String {
+pub(super) fn card(
+    recipe: &LmRecipe,
+    corpus: &Corpus,
+    report: &LmReport,
+    command: Option<&str>,
+) -> String {
     let origin = &corpus.origin;
     let (m, t) = (&recipe.model, &recipe.train);
-    let default = format!("sequor train lm models/{0}/recipe.toml --out models/{0}", recipe.name);
+    let default = format!(
+        "sequor train lm models/{0}/recipe.toml --out models/{0}",
+        recipe.name
+    );
     let command = command.unwrap_or(&default);
-    let books: String = report.held_out.iter().map(|(name, bits)| format!("| {name} | {bits:.3} |\n")).collect();
+    let books: String = report
+        .held_out
+        .iter()
+        .map(|(name, bits)| format!("| {name} | {bits:.3} |\n"))
+        .collect();
     let names: Vec<&str> = report.held_out.keys().map(String::as_str).collect();
     let ended = if report.stopped_early {
         "stopped when the held-out text was no longer predicted better"

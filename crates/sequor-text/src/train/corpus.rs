@@ -68,13 +68,19 @@ impl Corpus {
         let (train, held) = hold_out(recipe, &documents).split(documents)?;
         let tokenizer = tokenizer(recipe, &train)?;
         let end = tokenizer.token_to_id(END).ok_or_else(|| {
-            Error::Config(format!("the tokenizer has no token {END}, which must stand between documents"))
+            Error::Config(format!(
+                "the tokenizer has no token {END}, which must stand between documents"
+            ))
         })?;
         let tokens = encode(&tokenizer, &train)?;
         let mut held_out: Vec<HeldOut> = Vec::new();
         for (document, ids) in held.iter().zip(encode(&tokenizer, &held)?) {
             if held_out.last().is_none_or(|h| h.name != document.group) {
-                held_out.push(HeldOut { name: document.group.clone(), tokens: vec![end], bytes: 0 });
+                held_out.push(HeldOut {
+                    name: document.group.clone(),
+                    tokens: vec![end],
+                    bytes: 0,
+                });
             }
             if let Some(book) = held_out.last_mut() {
                 book.tokens.extend(ids);
@@ -101,7 +107,11 @@ impl Corpus {
 fn documents(recipe: &LmRecipe, resolver: &Resolver) -> Result<(Vec<Document>, Origin)> {
     let source = &recipe.data.source;
     let local = recipe.resolve(Path::new(source));
-    let path = if local.exists() { local } else { resolver.resolve_data(source)?.path };
+    let path = if local.exists() {
+        local
+    } else {
+        resolver.resolve_data(source)?.path
+    };
     let origin = match catalog::find(Kind::Dataset, source) {
         Some(entry) => Origin {
             description: entry.description.to_owned(),
@@ -117,7 +127,11 @@ fn documents(recipe: &LmRecipe, resolver: &Resolver) -> Result<(Vec<Document>, O
         },
     };
     let is_bible = path.join("ot.bzv").exists() || path.join("nt.bzv").exists();
-    let documents = if is_bible { bible(&path)? } else { read_text(&path, &TextLimits::default())? };
+    let documents = if is_bible {
+        bible(&path)?
+    } else {
+        read_text(&path, &TextLimits::default())?
+    };
     Ok((documents, origin))
 }
 
@@ -128,7 +142,11 @@ fn bible(path: &Path) -> Result<Vec<Document>> {
     let mut documents = bible.documents("\n")?;
     if !bible.other().is_empty() {
         let name = "Deuterocanon".to_owned();
-        documents.push(Document { group: name.clone(), name, text: bible.other().join("\n") });
+        documents.push(Document {
+            group: name.clone(),
+            name,
+            text: bible.other().join("\n"),
+        });
     }
     Ok(documents)
 }
@@ -137,14 +155,21 @@ fn hold_out(recipe: &LmRecipe, documents: &[Document]) -> HoldOut {
     match &recipe.data.held_out {
         HeldOutRecipe::Names(names) => HoldOut::Groups(names.clone()),
         HeldOutRecipe::Fraction(f) if documents.len() == 1 => HoldOut::Tail(*f),
-        HeldOutRecipe::Fraction(f) => HoldOut::Fraction { fraction: *f, seed: recipe.train.seed },
+        HeldOutRecipe::Fraction(f) => HoldOut::Fraction {
+            fraction: *f,
+            seed: recipe.train.seed,
+        },
     }
 }
 
 fn tokenizer(recipe: &LmRecipe, train: &[Document]) -> Result<Tokenizer> {
     if let Some(path) = &recipe.tokenizer.path {
         let path = recipe.resolve(path);
-        return Ok(if path.is_dir() { Tokenizer::from_dir(&path)? } else { Tokenizer::from_file(&path)? });
+        return Ok(if path.is_dir() {
+            Tokenizer::from_dir(&path)?
+        } else {
+            Tokenizer::from_file(&path)?
+        });
     }
     let options = BpeOptions {
         vocab_size: recipe.tokenizer.vocab_size.unwrap_or_default(),

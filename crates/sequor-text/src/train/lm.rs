@@ -11,6 +11,7 @@ use sequor_kernels::threads;
 use sequor_nn::params::Param;
 use sequor_nn::weights::{self, write_safetensors};
 use sequor_nn::{Device, Kind, ParamBuilder, Tensor};
+use sequor_train::checkpoint::Store;
 use sequor_train::plot::{PlotOptions, plot};
 use sequor_train::trainer::count_params;
 use sequor_train::{Ended, Outcome, Progress, Task, Trainer, Workplace};
@@ -104,7 +105,13 @@ pub struct LmReport {
 /// # Errors
 /// [`Error::Cancelled`] when `cancel` became true (a checkpoint was written);
 /// [`Error::Config`]; errors of data, tokenizer, training and disk.
-pub fn train_lm(recipe: &LmRecipe, out_dir: &Path, run: &LmRun, progress: &mut dyn Progress, cancel: &AtomicBool) -> Result<LmReport> {
+pub fn train_lm(
+    recipe: &LmRecipe,
+    out_dir: &Path,
+    run: &LmRun,
+    progress: &mut dyn Progress,
+    cancel: &AtomicBool,
+) -> Result<LmReport> {
     recipe.validate()?;
     let resolver = Resolver::from_env().offline(run.offline);
     train_with(recipe, &resolver, out_dir, run, progress, cancel)
@@ -118,7 +125,11 @@ pub(super) fn train_with(
     progress: &mut dyn Progress,
     cancel: &AtomicBool,
 ) -> Result<LmReport> {
-    threads::set(run.threads.or(recipe.train.threads).unwrap_or_else(threads::default_count));
+    threads::set(
+        run.threads
+            .or(recipe.train.threads)
+            .unwrap_or_else(threads::default_count),
+    );
     let mut corpus = Corpus::new(recipe, resolver)?;
     let held_out_bytes = corpus.held_out_bytes();
     let mut task = LmTask::new(recipe, &mut corpus)?;
@@ -140,7 +151,13 @@ pub(super) fn train_with(
         save_every: run.save_every,
         config: settings(recipe, &corpus)?,
     };
-    let mut trainer = Trainer::new(&mut task, recipe.train_options(), place, run.resume, progress)?;
+    let mut trainer = Trainer::new(
+        &mut task,
+        recipe.train_options(),
+        place,
+        run.resume,
+        progress,
+    )?;
     let outcome = trainer.run(progress, cancel)?;
     trainer.finish_with_best()?;
 
@@ -159,13 +176,23 @@ pub(super) fn train_with(
         held_out: HELD_OUT_LOSS.into(),
     };
     // Too short a run has nothing to draw; that is no reason to lose its model.
-    if let Err(e) = plot(&sequor_train::log::read(&log)?, &options, &training.join("loss.png")) {
+    if let Err(e) = plot(
+        &sequor_train::log::read(&log)?,
+        &options,
+        &training.join("loss.png"),
+    ) {
         progress.notice(&format!("the loss was not drawn: {e}"));
     }
-    put_json(&training.join("report.json"), &serde_json::to_value(&report).map_err(json_error)?)?;
-    put(&out_dir.join("README.md"), card::card(recipe, &corpus, &report, run.command.as_deref()).as_bytes())?;
+    put_json(
+        &training.join("report.json"),
+        &serde_json::to_value(&report).map_err(json_error)?,
+    )?;
+    put(
+        &out_dir.join("README.md"),
+        card::card(recipe, &corpus, &report, run.command.as_deref()).as_bytes(),
+    )?;
     if !run.keep_checkpoints {
-        std::fs::remove_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
+        Store::open(&checkpoints)?.remove_all()?;
     }
     Ok(report)
 }
@@ -179,14 +206,22 @@ fn settings(recipe: &LmRecipe, corpus: &Corpus) -> Result<Value> {
     }
     if let Some(all) = settings.as_object_mut() {
         all.remove("description");
-        all.insert("text".into(), json!(format!("{:016x}", corpus.train.fingerprint())));
+        all.insert(
+            "text".into(),
+            json!(format!("{:016x}", corpus.train.fingerprint())),
+        );
     }
     Ok(settings)
 }
 
 fn write_model(recipe: &LmRecipe, corpus: &Corpus, params: &[Param], out: &Path) -> Result<()> {
     std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
-    let rounded = params.iter().map(|p| Ok((p.name.as_str(), p.tensor.f_detach()?.f_to_kind(Kind::BFloat16)?)));
+    let rounded = params.iter().map(|p| {
+        Ok((
+            p.name.as_str(),
+            p.tensor.f_detach()?.f_to_kind(Kind::BFloat16)?,
+        ))
+    });
     let rounded = rounded.collect::<sequor_nn::Result<Vec<(&str, Tensor)>>>()?;
     let tensors: Vec<(&str, &Tensor)> = rounded.iter().map(|(n, t)| (*n, t)).collect();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -196,17 +231,34 @@ fn write_model(recipe: &LmRecipe, corpus: &Corpus, params: &[Param], out: &Path)
     let generation = json!({"bos_token_id": corpus.end, "eos_token_id": corpus.end});
     put_json(&out.join("generation_config.json"), &generation)?;
     corpus.tokenizer.save_dir(out)?;
-    let text = toml::to_string(recipe).map_err(|e| Error::Config(format!("the recipe cannot be written: {e}")))?;
+    let text = toml::to_string(recipe)
+        .map_err(|e| Error::Config(format!("the recipe cannot be written: {e}")))?;
     // A recipe that lies there already has comments that are worth keeping.
     let path = out.join("recipe.toml");
-    if path.exists() { Ok(()) } else { put(&path, text.as_bytes()) }
+    if path.exists() {
+        Ok(())
+    } else {
+        put(&path, text.as_bytes())
+    }
 }
 
 /// Loads what was written and measures that: the numbers of the card are those of the
 /// rounded weights a user gets.
-fn measure(recipe: &LmRecipe, corpus: &Corpus, task: &LmTask, outcome: &Outcome, held_out_bytes: usize, out: &Path) -> Result<LmReport> {
-    let config = DecoderConfig::from_json(&recipe.config_json(corpus.tokenizer.vocab_size(), corpus.end))?;
-    let params = ParamBuilder::load(weights::open(&out.join("model.safetensors"))?, Kind::Float, Device::Cpu);
+fn measure(
+    recipe: &LmRecipe,
+    corpus: &Corpus,
+    task: &LmTask,
+    outcome: &Outcome,
+    held_out_bytes: usize,
+    out: &Path,
+) -> Result<LmReport> {
+    let config =
+        DecoderConfig::from_json(&recipe.config_json(corpus.tokenizer.vocab_size(), corpus.end))?;
+    let params = ParamBuilder::load(
+        weights::open(&out.join("model.safetensors"))?,
+        Kind::Float,
+        Device::Cpu,
+    );
     let decoder = Decoder::new(&params, &config)?;
     params.finish()?;
     let measured = task.measure(&decoder)?;
@@ -228,7 +280,10 @@ fn measure(recipe: &LmRecipe, corpus: &Corpus, task: &LmTask, outcome: &Outcome,
         processor: cpu.unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
         bits_per_byte: likelihood.bits_per_byte(bytes),
         perplexity: likelihood.perplexity(),
-        held_out: measured.iter().map(|(name, l, bytes)| (name.clone(), l.bits_per_byte(*bytes))).collect(),
+        held_out: measured
+            .iter()
+            .map(|(name, l, bytes)| (name.clone(), l.bits_per_byte(*bytes)))
+            .collect(),
         held_out_bytes,
     })
 }
@@ -245,6 +300,9 @@ fn put_json(path: &Path, value: &Value) -> Result<()> {
 
 fn put(path: &Path, bytes: &[u8]) -> Result<()> {
     use std::io::Write;
-    weights::write_atomic(path, |file| file.write_all(bytes).map_err(|e| sequor_nn::Error::io(path, e)))?;
+    weights::write_atomic(path, |file| {
+        file.write_all(bytes)
+            .map_err(|e| sequor_nn::Error::io(path, e))
+    })?;
     Ok(())
 }

@@ -27,5 +27,7 @@ mod tests;
 
 pub use corpus::{Corpus, HeldOut};
 pub use lm::{LmReport, LmRun, train_lm};
-pub use recipe::{DataRecipe, Dtype, HeldOutRecipe, LmRecipe, ModelRecipe, OptimisationRecipe, TokenizerRecipe};
+pub use recipe::{
+    DataRecipe, Dtype, HeldOutRecipe, LmRecipe, ModelRecipe, OptimisationRecipe, TokenizerRecipe,
+};
 pub use task::LmTask;

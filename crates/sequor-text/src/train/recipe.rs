@@ -47,7 +47,10 @@ pub struct DataRecipe {
 
 /// What is kept away from training.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "held_out must be a list of names (\"Ruth\") or a fraction between 0 and 1")]
+#[serde(
+    untagged,
+    expecting = "held_out must be a list of names (\"Ruth\") or a fraction between 0 and 1"
+)]
 pub enum HeldOutRecipe {
     /// Whole books, or files by name without extension.
     Names(Vec<String>),
@@ -197,7 +200,10 @@ impl LmRecipe {
     pub fn from_file(path: &Path) -> Result<Self> {
         let meta = path.metadata().map_err(|e| Error::io(path, e))?;
         if !meta.is_file() || meta.len() > MAX_BYTES {
-            let what = format!("{}: a recipe is a TOML file of at most {MAX_BYTES} bytes", path.display());
+            let what = format!(
+                "{}: a recipe is a TOML file of at most {MAX_BYTES} bytes",
+                path.display()
+            );
             return Err(Error::Config(what));
         }
         let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
@@ -210,7 +216,8 @@ impl LmRecipe {
     /// # Errors
     /// [`Error::Config`] naming the line or the field.
     pub fn from_toml(text: &str, base: PathBuf) -> Result<Self> {
-        let recipe: Self = toml::from_str(text).map_err(|e| Error::Config(e.to_string().trim_end().to_owned()))?;
+        let recipe: Self =
+            toml::from_str(text).map_err(|e| Error::Config(e.to_string().trim_end().to_owned()))?;
         let recipe = Self { base, ..recipe };
         recipe.validate()?;
         Ok(recipe)
@@ -223,12 +230,24 @@ impl LmRecipe {
     pub fn validate(&self) -> Result<()> {
         let (t, m) = (&self.train, &self.model);
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        if self.name.is_empty() || self.name.len() > 96 || self.name.starts_with('.') || !self.name.chars().all(plain) {
-            return Err(wrong("name", &self.name, "must be a word of letters, digits and -_."));
+        if self.name.is_empty()
+            || self.name.len() > 96
+            || self.name.starts_with('.')
+            || !self.name.chars().all(plain)
+        {
+            return Err(wrong(
+                "name",
+                &self.name,
+                "must be a word of letters, digits and -_.",
+            ));
         }
         match &self.data.held_out {
             HeldOutRecipe::Names(names) if names.is_empty() => {
-                return Err(wrong("data.held_out", "[]", "must name something to measure with"));
+                return Err(wrong(
+                    "data.held_out",
+                    "[]",
+                    "must name something to measure with",
+                ));
             }
             HeldOutRecipe::Fraction(f) if !(*f > 0.0 && *f < 1.0) => {
                 return Err(wrong("data.held_out", f, "must lie between 0 and 1"));
@@ -238,16 +257,34 @@ impl LmRecipe {
         match (&self.tokenizer.vocab_size, &self.tokenizer.path) {
             (Some(n), None) => within("tokenizer.vocab_size", *n, 257..=1 << 20)?,
             (None, Some(_)) => {}
-            _ => return Err(Error::Config("[tokenizer] needs either vocab_size or path".into())),
+            _ => {
+                return Err(Error::Config(
+                    "[tokenizer] needs either vocab_size or path".into(),
+                ));
+            }
         }
         within("model.hidden_size", m.hidden_size, 1..=1 << 16)?;
         within("model.intermediate_size", m.intermediate_size, 1..=1 << 18)?;
         within("model.num_hidden_layers", m.num_hidden_layers, 1..=1024)?;
-        within("model.max_position_embeddings", m.max_position_embeddings, 2..=1 << 20)?;
+        within(
+            "model.max_position_embeddings",
+            m.max_position_embeddings,
+            2..=1 << 20,
+        )?;
         within("train.steps", t.steps, 1..=1 << 32)?;
         within("train.batch", t.batch, 1..=1 << 16)?;
         within("train.accumulation", t.accumulation, 1..=1 << 16)?;
-        within("train.context", t.context, 1..=m.max_position_embeddings as usize)?;
+        within(
+            "train.context",
+            t.context,
+            1..=m.max_position_embeddings as usize,
+        )?;
+        // One micro-batch must fit into memory, with its logits.
+        let tokens = t.batch.saturating_mul(t.context);
+        within("train.batch times train.context", tokens, 1..=1 << 18)?;
+        let block = m.hidden_size * (4 * m.hidden_size + 3 * m.intermediate_size);
+        let weights = m.num_hidden_layers.saturating_mul(block);
+        within("weights of [model]", weights, 1..=1 << 31)?;
         within("train.eval_every", t.eval_every, 1..=1 << 32)?;
         within("train.log_every", t.log_every, 1..=1 << 32)?;
         if let Some(threads) = t.threads {
@@ -257,26 +294,47 @@ impl LmRecipe {
             return Err(wrong("train.dropout", t.dropout, "must lie in [0, 1)"));
         }
         if t.ema.is_some_and(|e| !(0.0..1.0).contains(&e)) {
-            return Err(wrong("train.ema", t.ema.unwrap_or_default(), "must lie in [0, 1)"));
+            return Err(wrong(
+                "train.ema",
+                t.ema.unwrap_or_default(),
+                "must lie in [0, 1)",
+            ));
         }
         // A float of the recipe that JSON cannot hold would read as absent.
-        if [m.rope_theta, m.rms_norm_eps, m.initializer_range].iter().any(|x| !x.is_finite()) {
-            return Err(Error::Config("[model] has a number that is not finite".into()));
+        if [m.rope_theta, m.rms_norm_eps, m.initializer_range]
+            .iter()
+            .any(|x| !x.is_finite())
+        {
+            return Err(Error::Config(
+                "[model] has a number that is not finite".into(),
+            ));
         }
         self.train_options().validate()?;
-        DecoderConfig::from_json(&self.config_json(257, 0)).map_err(|e| Error::Config(format!("[model]: {e}")))?;
+        DecoderConfig::from_json(&self.config_json(257, 0))
+            .map_err(|e| Error::Config(format!("[model]: {e}")))?;
         Ok(())
     }
 
     /// The options of the training loop.
     pub fn train_options(&self) -> TrainOptions {
         let t = &self.train;
-        let shape = Shape::Cosine { min_ratio: t.min_ratio };
+        let shape = Shape::Cosine {
+            min_ratio: t.min_ratio,
+        };
         TrainOptions {
             accumulation: t.accumulation,
             seed: t.seed,
-            schedule: Schedule { peak: t.learning_rate, warmup: t.warmup, steps: t.steps, shape },
-            adamw: AdamWOptions { betas: t.betas, weight_decay: t.weight_decay, ..AdamWOptions::default() },
+            schedule: Schedule {
+                peak: t.learning_rate,
+                warmup: t.warmup,
+                steps: t.steps,
+                shape,
+            },
+            adamw: AdamWOptions {
+                betas: t.betas,
+                weight_decay: t.weight_decay,
+                ..AdamWOptions::default()
+            },
             clip: t.clip,
             ema: t.ema,
             log_every: t.log_every,
@@ -329,5 +387,9 @@ fn within<T: PartialOrd + Display>(field: &str, value: T, range: RangeInclusive<
     if range.contains(&value) {
         return Ok(());
     }
-    Err(wrong(field, value, &format!("must lie in {}..={}", range.start(), range.end())))
+    Err(wrong(
+        field,
+        value,
+        &format!("must lie in {}..={}", range.start(), range.end()),
+    ))
 }

@@ -38,7 +38,9 @@ impl LmTask {
     /// When the network cannot be built, or the text is shorter than one window.
     pub fn new(recipe: &LmRecipe, corpus: &mut Corpus) -> crate::Result<Self> {
         let t = &recipe.train;
-        let config = DecoderConfig::from_json(&recipe.config_json(corpus.tokenizer.vocab_size(), corpus.end))?;
+        let config = DecoderConfig::from_json(
+            &recipe.config_json(corpus.tokenizer.vocab_size(), corpus.end),
+        )?;
         let kind = match t.dtype {
             Dtype::F32 => Kind::Float,
             Dtype::Bf16 => Kind::BFloat16,
@@ -66,9 +68,17 @@ impl LmTask {
     /// # Errors
     /// When a forward fails.
     pub fn measure(&self, decoder: &Decoder) -> crate::Result<Vec<(String, Likelihood, usize)>> {
-        let options = WindowOptions { context: self.context, stride: self.context.div_ceil(2), batch: 8 };
+        let options = WindowOptions {
+            context: self.context,
+            stride: self.context.div_ceil(2),
+            batch: 8,
+        };
         let one = |h: &HeldOut| -> sequor_eval::Result<_> {
-            Ok((h.name.clone(), score_decoder(decoder, &h.tokens, &options)?, h.bytes))
+            Ok((
+                h.name.clone(),
+                score_decoder(decoder, &h.tokens, &options)?,
+                h.bytes,
+            ))
         };
         let measured: sequor_eval::Result<Vec<_>> = self.held_out.iter().map(one).collect();
         Ok(measured.map_err(Error::task)?)
@@ -93,13 +103,23 @@ impl Task for LmTask {
     fn loss(&mut self, _: &StepCtx) -> Result<MicroLoss> {
         let (batch, time) = (self.batch as i64, self.context as i64);
         let windows = self.sampler.next_batch(self.batch);
-        let ids: Vec<i64> = windows.into_iter().flatten().map(|&id| i64::from(id)).collect();
+        let ids: Vec<i64> = windows
+            .into_iter()
+            .flatten()
+            .map(|&id| i64::from(id))
+            .collect();
         let ids = Tensor::f_from_slice(&ids)?.f_reshape([batch, time + 1])?;
         let targets = ids.f_narrow(1, 1, time)?.f_reshape([-1])?;
-        let logits = self.decoder.forward_dense(&ids.f_narrow(1, 0, time)?, self.dropout)?;
+        let logits = self
+            .decoder
+            .forward_dense(&ids.f_narrow(1, 0, time)?, self.dropout)?;
         let logits = logits.f_reshape([batch * time, -1])?;
-        let sum = logits.f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Sum, -100, 0.0)?;
-        Ok(MicroLoss { sum, targets: self.batch * self.context })
+        let sum =
+            logits.f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Sum, -100, 0.0)?;
+        Ok(MicroLoss {
+            sum,
+            targets: self.batch * self.context,
+        })
     }
 
     fn evaluate(&mut self) -> Result<BTreeMap<String, f64>> {
@@ -110,7 +130,10 @@ impl Task for LmTask {
             (HELD_OUT_LOSS, likelihood.per_token()),
             ("perplexity", likelihood.perplexity()),
         ];
-        Ok(metrics.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
+        Ok(metrics
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect())
     }
 
     fn cursor(&self) -> Value {

@@ -45,7 +45,7 @@ fn the_sample_itself_is_fine() {
     let t = load(&sample()).unwrap();
     assert_eq!(t.encode("ab ab", true).unwrap(), [6, 4, 5]);
     assert_eq!(t.decode(&[5, 5], false).unwrap(), "ab_ab");
-    assert_eq!(t.encode("!?ab", false).unwrap(), [0, 4]);
+    assert_eq!(t.encode("!?ab", false).unwrap(), [0, 0, 4]);
 }
 
 #[test]
@@ -64,7 +64,8 @@ fn no_flipped_bit_panics() {
         for bit in 0..8 {
             let mut damaged = json.clone();
             damaged[at] ^= 1 << bit;
-            let outcome = catch_unwind(|| Tokenizer::from_json_bytes(&damaged).map(|t| exercise(&t)));
+            let outcome =
+                catch_unwind(|| Tokenizer::from_json_bytes(&damaged).map(|t| exercise(&t)));
             assert!(outcome.is_ok(), "byte {at}, bit {bit}");
         }
     }
@@ -75,17 +76,33 @@ fn no_exchanged_value_panics() {
     fn paths(value: &Value, at: &str, all: &mut Vec<String>) {
         all.push(at.to_owned());
         match value {
-            Value::Object(map) => map.iter().for_each(|(k, v)| paths(v, &format!("{at}/{k}"), all)),
-            Value::Array(list) => list.iter().enumerate().for_each(|(n, v)| paths(v, &format!("{at}/{n}"), all)),
+            Value::Object(map) => map
+                .iter()
+                .for_each(|(k, v)| paths(v, &format!("{at}/{k}"), all)),
+            Value::Array(list) => list
+                .iter()
+                .enumerate()
+                .for_each(|(n, v)| paths(v, &format!("{at}/{n}"), all)),
             _ => {}
         }
     }
     let mut all = Vec::new();
     paths(&sample(), "", &mut all);
     let values = [
-        json!(null), json!(-1), json!(0), json!(u64::MAX), json!(1e300), json!("x"), json!(""), json!([]), json!({}),
-        json!(true), json!([["a", "b", "c"]]), json!({"type": "Strip", "content": "a", "start": 9, "stop": 9}),
-        json!({"type": "FixedLength", "length": 0}), json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        json!(null),
+        json!(-1),
+        json!(0),
+        json!(u64::MAX),
+        json!(1e300),
+        json!("x"),
+        json!(""),
+        json!([]),
+        json!({}),
+        json!(true),
+        json!([["a", "b", "c"]]),
+        json!({"type": "Strip", "content": "a", "start": 9, "stop": 9}),
+        json!({"type": "FixedLength", "length": 0}),
+        json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
         json!({"type": "CTC", "pad_token": "a", "word_delimiter_token": "b", "cleanup": true}),
     ];
     for path in &all {
@@ -110,19 +127,31 @@ fn error(path: &str, value: Value) -> String {
 
 #[test]
 fn lies_are_named() {
-    assert!(error("/model/vocab/b", json!(2)).contains("id 2 is given to two tokens, \"a\" and \"b\""));
+    assert!(
+        error("/model/vocab/b", json!(2)).contains("id 2 is given to two tokens, \"a\" and \"b\"")
+    );
     assert!(error("/model/merges", json!([["a", "c"]])).contains('c'));
-    assert!(error("/model/merges", json!(["a"])).contains("merge") || !error("/model/merges", json!(["a"])).is_empty());
-    assert!(error("/model/vocab", json!({})).contains("origin") || !error("/model/vocab", json!({})).is_empty());
+    assert!(error("/model/merges", json!(["a"])).contains("Merges"));
+    assert!(error("/model/vocab", json!({})).contains("out of vocabulary"));
     assert!(error("/model/vocab/b", json!(1u64 << 24)).contains("not below 16777216"));
     assert!(error("/added_tokens/0/content", json!("a")).contains("claims the id 6"));
     assert!(error("/version", json!("9.9")).contains("9.9"));
-    assert!(error("/model/type", json!("Neural")).len() > 20);
+    assert!(error("/model/type", json!("Neural")).contains("tokenizer.json"));
     let empty = json!({"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}});
-    assert!(load(&empty).unwrap_err().to_string().contains("the vocabulary is empty"));
+    assert!(
+        load(&empty)
+            .unwrap_err()
+            .to_string()
+            .contains("the vocabulary is empty")
+    );
     let nested = "[".repeat(100_000);
     assert!(Tokenizer::from_json_bytes(nested.as_bytes()).is_err());
-    assert!(Tokenizer::from_json_bytes(b"\xff\xfe{}").unwrap_err().to_string().contains("UTF-8"));
+    assert!(
+        Tokenizer::from_json_bytes(b"\xff\xfe{}")
+            .unwrap_err()
+            .to_string()
+            .contains("UTF-8")
+    );
     assert!(Tokenizer::from_json_bytes(b"").is_err());
 }
 
@@ -130,13 +159,19 @@ fn lies_are_named() {
 fn engine_panics_become_errors() {
     // A prefix longer than the merged token: the engine slices beyond its end.
     let mut json = sample();
-    *json.pointer_mut("/model/continuing_subword_prefix").unwrap() = json!("very long");
+    *json
+        .pointer_mut("/model/continuing_subword_prefix")
+        .unwrap() = json!("very long");
     assert!(load(&json).unwrap_err().to_string().contains("damaged"));
     // A decoder that takes more characters than there are.
     let mut json = sample();
-    *json.pointer_mut("/decoder").unwrap() = json!({"type": "Strip", "content": "a", "start": 0, "stop": 2});
+    *json.pointer_mut("/decoder").unwrap() =
+        json!({"type": "Strip", "content": "a", "start": 0, "stop": 2});
     let t = load(&json).unwrap();
-    assert!(matches!(t.decode(&[2], false), Err(Error::Backend { op: "decode", .. })));
+    assert!(matches!(
+        t.decode(&[2], false),
+        Err(Error::Backend { op: "decode", .. })
+    ));
     assert!(t.encode("ab", false).is_ok());
 }
 
@@ -157,7 +192,8 @@ fn padding_truncation_and_dropout_are_left_out() {
     let mut json = sample();
     json["padding"] = json!({"strategy": {"Fixed": 1_000_000_000_000_u64}, "direction": "Right",
                              "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "?"});
-    json["truncation"] = json!({"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0});
+    json["truncation"] =
+        json!({"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0});
     json["model"]["dropout"] = json!(1.0);
     let t = load(&json).unwrap();
     assert_eq!(t.encode("ab ab", true).unwrap(), [6, 4, 5]);

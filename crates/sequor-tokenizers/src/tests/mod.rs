@@ -18,7 +18,10 @@ struct Random(u64);
 
 impl Random {
     fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         usize::try_from(self.0 >> 33).unwrap() % n
     }
 
@@ -26,17 +29,43 @@ impl Random {
     /// several code points.
     fn text(&mut self, parts: usize) -> String {
         const PARTS: [&str; 24] = [
-            "a", "the", " ", "  ", "\n", "\t", "1", "42", "é", "e\u{301}", "ß", "Ж", "日本", "۳", "😀", "👍🏽",
-            "👨\u{200d}👩\u{200d}👧", "🇫🇷", "\u{fffd}", "\u{2581}", "<0x41>", "'s", "\u{10ffff}", "\0",
+            "a",
+            "the",
+            " ",
+            "  ",
+            "\n",
+            "\t",
+            "1",
+            "42",
+            "é",
+            "e\u{301}",
+            "ß",
+            "Ж",
+            "日本",
+            "۳",
+            "😀",
+            "👍🏽",
+            "👨\u{200d}👩\u{200d}👧",
+            "🇫🇷",
+            "\u{fffd}",
+            "\u{2581}",
+            "<0x41>",
+            "'s",
+            "\u{10ffff}",
+            "\0",
         ];
-        (0..self.below(parts + 1)).map(|_| PARTS[self.below(PARTS.len())]).collect()
+        (0..self.below(parts + 1))
+            .map(|_| PARTS[self.below(PARTS.len())])
+            .collect()
     }
 }
 
 /// A small byte-level vocabulary: the bytes, ten merges, a control token and
 /// a user-defined one.
 fn byte_level_vocab() -> GgufVocab {
-    let merges = ["Ġ t", "h e", "Ġt he", "i n", "1 2", "12 3", "Ġ a", "ð Ł", "c a", "Ġ Ġ"];
+    let merges = [
+        "Ġ t", "h e", "Ġt he", "i n", "1 2", "12 3", "Ġ a", "ð Ł", "c a", "Ġ Ġ",
+    ];
     let mut tokens: Vec<String> = (0..=255).map(|b| char_of_byte(b).to_string()).collect();
     tokens.extend(merges.iter().map(|m| m.replace(' ', "")));
     tokens.extend(["<|end|>", "[user]"].map(String::from));
@@ -58,9 +87,29 @@ fn byte_level_vocab() -> GgufVocab {
 fn sentence_piece_vocab() -> GgufVocab {
     let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
     tokens.extend((0..=255).map(|b| format!("<0x{b:02X}>")));
-    let pieces = ["\u{2581}t", "he", "\u{2581}the", "in", "\u{2581}\u{2581}", "ab", "bc", "abc", "\u{2581}", "t", "h", "e", "i", "n", "a", "b", "c"];
+    let pieces = [
+        "\u{2581}t",
+        "he",
+        "\u{2581}the",
+        "in",
+        "\u{2581}\u{2581}",
+        "ab",
+        "bc",
+        "abc",
+        "\u{2581}",
+        "t",
+        "h",
+        "e",
+        "i",
+        "n",
+        "a",
+        "b",
+        "c",
+    ];
     tokens.extend(pieces.map(String::from));
-    let scores = (0..tokens.len()).map(|n| if n < 259 { 0.0 } else { 258.0 - n as f32 }).collect();
+    let scores = (0..tokens.len())
+        .map(|n| if n < 259 { 0.0 } else { 258.0 - n as f32 })
+        .collect();
     let mut token_types = vec![2, 3, 3];
     token_types.extend([6; 256]);
     token_types.extend([1; 17]);

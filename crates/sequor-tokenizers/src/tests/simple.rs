@@ -11,12 +11,21 @@ fn handles_are_shared_between_threads() {
 
 #[test]
 fn bytes_are_their_own_ids() {
-    let tokenizer = Tokenizer::bytes(&["<eos>", "<pad>"]).unwrap().with_eos("<eos>").unwrap();
-    assert_eq!(tokenizer.encode("aé<pad>\n", false).unwrap(), [97, 0xc3, 0xa9, 257, 10]);
+    let tokenizer = Tokenizer::bytes(&["<eos>", "<pad>"])
+        .unwrap()
+        .with_eos("<eos>")
+        .unwrap();
+    assert_eq!(
+        tokenizer.encode("aé<pad>\n", false).unwrap(),
+        [97, 0xc3, 0xa9, 257, 10]
+    );
     assert_eq!((tokenizer.vocab_size(), tokenizer.eos()), (258, Some(256)));
     let all: Vec<u32> = (0..256).collect();
     let bytes: Vec<u8> = (0..=255).collect();
-    assert_eq!(tokenizer.decode(&all, false).unwrap(), String::from_utf8_lossy(&bytes));
+    assert_eq!(
+        tokenizer.decode(&all, false).unwrap(),
+        String::from_utf8_lossy(&bytes)
+    );
     assert_eq!(tokenizer.token_bytes(0xc3), Some(vec![0xc3]));
     assert_eq!(Tokenizer::bytes(&[]).unwrap().vocab_size(), 256);
 }

@@ -15,7 +15,10 @@ fn streamed(tokenizer: &Tokenizer, ids: &[u32], skip_special: bool) -> String {
 }
 
 fn vocabularies() -> Vec<Tokenizer> {
-    let bare = GgufVocab { add_space_prefix: Some(false), ..sentence_piece_vocab() };
+    let bare = GgufVocab {
+        add_space_prefix: Some(false),
+        ..sentence_piece_vocab()
+    };
     vec![
         Tokenizer::bytes(&["<eos>"]).unwrap(),
         Tokenizer::from_gguf_vocab(byte_level_vocab()).unwrap(),
@@ -31,7 +34,10 @@ fn pieces_join_to_the_whole_for_texts() {
         let text = random.text(20);
         for tokenizer in vocabularies() {
             let ids = tokenizer.encode(&text, false).unwrap();
-            assert_eq!(streamed(&tokenizer, &ids, false), tokenizer.decode(&ids, false).unwrap());
+            assert_eq!(
+                streamed(&tokenizer, &ids, false),
+                tokenizer.decode(&ids, false).unwrap()
+            );
         }
     }
 }
@@ -42,10 +48,15 @@ fn pieces_join_to_the_whole_for_any_ids() {
     for tokenizer in vocabularies() {
         for _ in 0..500 {
             let length = random.below(40);
-            let ids: Vec<u32> =
-                (0..length).map(|_| u32::try_from(random.below(tokenizer.vocab_size())).unwrap()).collect();
+            let ids: Vec<u32> = (0..length)
+                .map(|_| u32::try_from(random.below(tokenizer.vocab_size())).unwrap())
+                .collect();
             for skip in [false, true] {
-                assert_eq!(streamed(&tokenizer, &ids, skip), tokenizer.decode(&ids, skip).unwrap(), "{ids:?}");
+                assert_eq!(
+                    streamed(&tokenizer, &ids, skip),
+                    tokenizer.decode(&ids, skip).unwrap(),
+                    "{ids:?}"
+                );
             }
         }
     }
@@ -57,7 +68,10 @@ fn our_decoding_is_the_engine_s_for_valid_text() {
     for tokenizer in vocabularies() {
         for _ in 0..200 {
             let ids = tokenizer.encode(&random.text(20), false).unwrap();
-            assert_eq!(tokenizer.decode(&ids, false).unwrap(), tokenizer.decode_opaque(&ids, false).unwrap());
+            assert_eq!(
+                tokenizer.decode(&ids, false).unwrap(),
+                tokenizer.decode_opaque(&ids, false).unwrap()
+            );
         }
     }
 }
@@ -66,9 +80,15 @@ fn our_decoding_is_the_engine_s_for_valid_text() {
 fn characters_are_held_back_until_whole() {
     let tokenizer = Tokenizer::bytes(&[]).unwrap();
     let mut stream = tokenizer.decode_stream(false);
-    let pieces: Vec<Option<String>> = "a😀é".bytes().map(|b| stream.push(b.into()).unwrap()).collect();
+    let pieces: Vec<Option<String>> = "a😀é"
+        .bytes()
+        .map(|b| stream.push(b.into()).unwrap())
+        .collect();
     let whole = |s: &str| Some(s.to_owned());
-    assert_eq!(pieces, [whole("a"), None, None, None, whole("😀"), None, whole("é")]);
+    assert_eq!(
+        pieces,
+        [whole("a"), None, None, None, whole("😀"), None, whole("é")]
+    );
     assert_eq!(stream.finish().unwrap(), "");
 
     // A character that is never finished, and one that cannot be.
@@ -105,16 +125,25 @@ fn decoders_that_look_at_neighbours() {
     let ids = tokenizer.encode("unable to!", false).unwrap();
     assert_eq!(ids, [2, 3, 4, 5]);
     let mut stream = tokenizer.decode_stream(true);
-    let pieces: Vec<_> = ids.iter().filter_map(|&id| stream.push(id).unwrap()).collect();
+    let pieces: Vec<_> = ids
+        .iter()
+        .filter_map(|&id| stream.push(id).unwrap())
+        .collect();
     assert_eq!(pieces, ["un", "able", " to", "!"]);
     assert_eq!(tokenizer.token_bytes(2), None);
 
     let mut random = Random(5);
     for _ in 0..500 {
         let length = random.below(20);
-        let ids: Vec<u32> = (0..length).map(|_| u32::try_from(random.below(8)).unwrap()).collect();
+        let ids: Vec<u32> = (0..length)
+            .map(|_| u32::try_from(random.below(8)).unwrap())
+            .collect();
         for skip in [false, true] {
-            assert_eq!(streamed(&tokenizer, &ids, skip), tokenizer.decode(&ids, skip).unwrap(), "{ids:?}");
+            assert_eq!(
+                streamed(&tokenizer, &ids, skip),
+                tokenizer.decode(&ids, skip).unwrap(),
+                "{ids:?}"
+            );
         }
     }
     assert!(stream.push(8).is_err());

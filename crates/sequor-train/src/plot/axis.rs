@@ -19,11 +19,18 @@ impl Ticks {
 
 /// Multiples of 1, 2 or 5 times a power of ten within `[low, high]`, at most about `count`.
 pub fn ticks(low: f64, high: f64, count: usize) -> Ticks {
-    let rough = ((high - low) / count as f64).max(1e-9).min(f64::MAX / 1e3);
+    let rough = ((high - low) / count as f64).clamp(1e-9, f64::MAX / 1e3);
     let power = 10f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|&s| s >= rough).unwrap_or(10.0 * power);
+    let step = [1.0, 2.0, 5.0, 10.0]
+        .map(|m| m * power)
+        .into_iter()
+        .find(|&s| s >= rough)
+        .unwrap_or(10.0 * power);
     let first = (low / step).ceil();
-    let values = (0..=2 * count).map(|i| (first + i as f64) * step).take_while(|&v| v <= high + 1e-9 * step).collect();
+    let values = (0..=2 * count)
+        .map(|i| (first + i as f64) * step)
+        .take_while(|&v| v <= high + 1e-9 * step)
+        .collect();
     let decimals = (-step.log10() - 1e-9).ceil().clamp(0.0, 6.0) as usize;
     Ticks { values, decimals }
 }
@@ -38,7 +45,10 @@ mod tests {
         assert_eq!(t.values, [0.0, 500.0, 1000.0, 1500.0, 2000.0]);
         assert_eq!(t.label(500.0), "500");
         let t = ticks(2.71, 3.33, 8);
-        assert_eq!(t.values.iter().map(|&v| t.label(v)).collect::<Vec<_>>(), ["2.8", "2.9", "3.0", "3.1", "3.2", "3.3"]);
+        assert_eq!(
+            t.values.iter().map(|&v| t.label(v)).collect::<Vec<_>>(),
+            ["2.8", "2.9", "3.0", "3.1", "3.2", "3.3"]
+        );
         assert!(ticks(1.0, 1.0, 8).values.len() <= 16);
         assert!(ticks(0.0, 1e300, 8).values.iter().all(|v| v.is_finite()));
     }

@@ -1,4 +1,4 @@
-//! Letters of eight by eight pixels, enlarged with rounded corners.
+//! Letters of eight by eight pixels.
 
 use font8x8::UnicodeFonts;
 use plotters::prelude::*;
@@ -21,8 +21,8 @@ pub enum Turn {
     Left,
 }
 
-/// Side of a letter in its font.
-const SIDE: usize = 8;
+/// Side of a letter in pixels of its font.
+const SIDE: i32 = 8;
 
 /// Draws `text` with its vertical middle at `at`, in letters of `8 * scale` pixels of
 /// the finished picture.
@@ -35,7 +35,8 @@ pub fn draw_text(
     anchor: Anchor,
     turn: Turn,
 ) -> Drawn {
-    let side = SIDE as i32 * scale * ZOOM;
+    let pixel = scale * ZOOM;
+    let side = SIDE * pixel;
     let width = text.chars().count() as i32 * side;
     let along = match anchor {
         Anchor::Left => 0,
@@ -43,10 +44,12 @@ pub fn draw_text(
         Anchor::Right => -width,
     };
     for (i, letter) in text.chars().enumerate() {
-        let large: Bitmap<{ 4 * SIDE }> = double(&double::<SIDE, { 2 * SIDE }>(&glyph(letter)));
-        // Each drawn pixel looks up the enlarged letter, whatever its own size.
-        let on = |u: i32, v: i32| large[v as usize * large.len() / side as usize][u as usize * large.len() / side as usize];
-        for (u, v) in (0..side * side).map(|n| (n % side, n / side)).filter(|&(u, v)| on(u, v)) {
+        let rows = glyph(letter);
+        let on = |u: i32, v: i32| rows[(v / pixel) as usize] >> (u / pixel) & 1 == 1;
+        for (u, v) in (0..side * side)
+            .map(|n| (n % side, n / side))
+            .filter(|&(u, v)| on(u, v))
+        {
             let (u, v) = (along + i as i32 * side + u, v - side / 2);
             let place = match turn {
                 Turn::None => (at.0 + u, at.1 + v),
@@ -58,28 +61,13 @@ pub fn draw_text(
     Ok(())
 }
 
-type Bitmap<const N: usize> = [[bool; N]; N];
-
-fn glyph(letter: char) -> Bitmap<SIDE> {
-    let rows = font8x8::BASIC_FONTS.get(letter).or_else(|| font8x8::LATIN_FONTS.get(letter)).unwrap_or([0; SIDE]);
-    rows.map(|row| std::array::from_fn(|x| row >> x & 1 == 1))
-}
-
-/// Twice the size (`M = 2 N`) by the Scale2x rule (Mazzoleni, 2001), which rounds corners.
-fn double<const N: usize, const M: usize>(small: &Bitmap<N>) -> Bitmap<M> {
-    let pixel = |x: i32, y: i32| {
-        let inside = (0..N as i32).contains(&x) && (0..N as i32).contains(&y);
-        inside && small[y as usize][x as usize]
-    };
-    std::array::from_fn(|y| {
-        std::array::from_fn(|x| {
-            let (cx, cy) = ((x / 2) as i32, (y / 2) as i32);
-            let (dx, dy) = (2 * (x % 2) as i32 - 1, 2 * (y % 2) as i32 - 1);
-            let (side, level) = (pixel(cx + dx, cy), pixel(cx, cy + dy));
-            let (far_side, far_level) = (pixel(cx - dx, cy), pixel(cx, cy - dy));
-            if side == level && side != far_level && level != far_side { side } else { pixel(cx, cy) }
-        })
-    })
+/// The rows of a letter from above; the lowest bit is the leftmost pixel. A letter that
+/// the font lacks is blank.
+fn glyph(letter: char) -> [u8; SIDE as usize] {
+    let found = font8x8::BASIC_FONTS
+        .get(letter)
+        .or_else(|| font8x8::LATIN_FONTS.get(letter));
+    found.unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -87,17 +75,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn letters_double_and_their_corners_round() {
-        let mut dot = [[false; SIDE]; SIDE];
-        assert_eq!(double::<8, 16>(&dot), [[false; 16]; 16]);
-        dot[3][3] = true;
-        dot[3][4] = true;
-        dot[4][4] = true;
-        let big: Bitmap<16> = double(&dot);
-        // The inner corner of the L is filled, the outer one is cut.
-        assert!(big[7][9] && big[6][8]);
-        assert!(!big[6][9]);
-        assert!(glyph('A').iter().flatten().any(|&p| p));
-        assert!(glyph('\u{1F600}').iter().flatten().all(|&p| !p));
+    fn letters_are_known_and_others_are_blank() {
+        // The top of a capital T is broad, its foot is narrow and in the middle.
+        let t = glyph('T');
+        assert!(t[0].count_ones() > t[5].count_ones() && t[5].count_ones() > 0);
+        assert_ne!(glyph('\u{e4}'), [0; 8]);
+        assert_eq!(glyph('\u{1F600}'), [0; 8]);
     }
 }
