@@ -12,5 +12,6 @@ mod architecture;
 mod bad_input;
 mod cli;
 mod model;
+mod outside;
 mod parity;
 mod training;

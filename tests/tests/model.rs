@@ -93,6 +93,46 @@ fn pieces_of_the_stream_make_the_text_and_seeds_repeat() {
     assert_ne!(other.tokens, whole.tokens);
 }
 
+/// Ids that the publisher's tokenizer gives.
+const GOLDEN: [(&str, &[u32]); 8] = [
+    ("Hello, world!", &[19556, 28, 905, 17]),
+    (
+        "The capital of France is Paris.",
+        &[504, 3575, 282, 4649, 314, 7042, 30],
+    ),
+    (
+        "  leading   and trailing spaces   ",
+        &[216, 2899, 256, 284, 35079, 5600, 333],
+    ),
+    (
+        "line one\nline two\r\n\n\ttabbed\n",
+        &[1311, 582, 198, 1311, 827, 201, 1116, 197, 15999, 5776, 198],
+    ),
+    (
+        "I'm you're they've we'll he'd CAN'T",
+        &[
+            57, 5248, 346, 2316, 502, 3543, 392, 3060, 384, 6737, 27190, 23, 68,
+        ],
+    ),
+    (
+        "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n",
+        &[1, 4093, 198, 26843, 665, 2, 198, 1, 520, 9531, 198],
+    ),
+    (
+        "naïve café — “quotes” Ünïcödé",
+        &[
+            3546, 46494, 37366, 1841, 619, 385, 2346, 573, 5549, 246, 94, 25972, 83, 7466, 84, 2756,
+        ],
+    ),
+    (
+        "def f(x):\n    return x**2  # comment\n\nprint(f(12))\n",
+        &[
+            1604, 275, 24, 104, 727, 472, 1003, 1792, 828, 34, 216, 907, 5189, 198, 198, 3272, 24,
+            86, 24, 33, 34, 1292, 198,
+        ],
+    ),
+];
+
 #[test]
 fn the_tokenizer_in_the_file_gives_the_published_ids() {
     let Some(p) = pipeline(DType::F32) else {
@@ -106,6 +146,9 @@ fn the_tokenizer_in_the_file_gives_the_published_ids() {
         "<|im_start|>user\nhi<|im_end|>\n",
     ] {
         assert_eq!(p.tokenizer().decode(&ids(text), false).unwrap(), text);
+    }
+    for (text, golden) in GOLDEN {
+        assert_eq!(ids(text), golden, "{text:?}");
     }
     assert_eq!(ids("<|im_start|>").len(), 1);
     assert_eq!(ids("123").len(), 3, "digits are split one by one");
