@@ -52,7 +52,14 @@ impl Decoder {
         let c = config;
         let model = p.pp("model");
         let init = Init::Normal(c.init_std);
-        let embed = Embedding::new(&model.pp("embed_tokens"), c.vocab_size, c.embed_dim, init)?;
+        let mut embed = Embedding::new(&model.pp("embed_tokens"), c.vocab_size, c.embed_dim, init)?;
+        // The head comes first: what it copies for a moment is gone before the rest is read.
+        let head = if c.tied {
+            p.ignore("lm_head.weight"); // some files carry the copy
+            embed.tied_head(p)?
+        } else {
+            Linear::new(&p.pp("lm_head"), c.embed_dim, c.vocab_size, false, init)?.packed(p)?
+        };
         let positions = match &c.positions {
             PositionKind::Rotary(_) => None,
             PositionKind::Learned { rows, offset } => Some((
@@ -76,12 +83,6 @@ impl Decoder {
             Some(Norm::new(&model.pp("norm"), c.norm, c.dim, c.eps)?)
         } else {
             None
-        };
-        let head = if c.tied {
-            p.ignore("lm_head.weight"); // some files carry the copy
-            embed.tied_head()?
-        } else {
-            Linear::new(&p.pp("lm_head"), c.embed_dim, c.vocab_size, false, init)?
         };
         Ok(Self {
             config: c.clone(),

@@ -58,10 +58,16 @@ pub fn to_json(file: &Gguf) -> Result<Value> {
         }
     }
     let scaling = |key: &str| meta(&format!("{arch}.rope.scaling.{key}"));
-    if let Some(kind) = scaling("type").and_then(|v| v.as_str()).filter(|k| *k != "none") {
+    if let Some(kind) = scaling("type")
+        .and_then(|v| v.as_str())
+        .filter(|k| *k != "none")
+    {
         let factor = scaling("factor").and_then(|v| v.as_f64());
         let original = scaling("original_context_length").and_then(|v| v.as_u64());
-        c.insert("rope_scaling".into(), json!({"type": kind, "factor": factor, "original_max_position_embeddings": original}));
+        c.insert(
+            "rope_scaling".into(),
+            json!({"type": kind, "factor": factor, "original_max_position_embeddings": original}),
+        );
     }
     let rows = file
         .info("token_embd.weight")

@@ -269,7 +269,7 @@ impl SelfAttention {
             .scale
             .unwrap_or_else(|| (c.head_dim as f64).sqrt().recip());
         Ok(Self {
-            qkv: Joined::new(parts, p.may_join())?,
+            qkv: Joined::new(parts, p)?,
             out,
             norms,
             scale,

@@ -88,7 +88,7 @@ impl Mlp {
         Ok(Self {
             activation: c.activation,
             gated: c.gated,
-            input: Joined::new(parts, p.may_join())?,
+            input: Joined::new(parts, p)?,
             down,
         })
     }

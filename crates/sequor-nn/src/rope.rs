@@ -292,7 +292,9 @@ fn check(scaling: &Scaling, dim: usize) -> Result<()> {
         {
             return bad("factor", *factor);
         }
-        Scaling::Llama3 { low, high, .. } if low.partial_cmp(high) != Some(std::cmp::Ordering::Less) => {
+        Scaling::Llama3 { low, high, .. }
+            if low.partial_cmp(high) != Some(std::cmp::Ordering::Less) =>
+        {
             return Err(Error::Config(format!(
                 "rope scaling: low_freq_factor {low} must be below high_freq_factor {high}"
             )));

@@ -13,7 +13,7 @@ use sequor_kernels::{bandwidth, cpu, memory, threads};
 use sequor_nn::Device;
 use sequor_nn::device::DType;
 use sequor_tokenizers::Message;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -32,7 +32,7 @@ pub struct DecodeBench {
 }
 
 /// Median, smallest and largest of several measurements.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     /// Median.
     pub median: f64,
@@ -47,16 +47,24 @@ impl Spread {
         values.sort_by(f64::total_cmp);
         let at = |i: usize| values.get(i).copied().unwrap_or(f64::NAN);
         let n = values.len();
-        let median = if n % 2 == 1 { at(n / 2) } else { (at((n / 2).wrapping_sub(1)) + at(n / 2)) / 2.0 };
-        Self { median, min: at(0), max: at(n.wrapping_sub(1)) }
+        let median = if n % 2 == 1 {
+            at(n / 2)
+        } else {
+            (at((n / 2).wrapping_sub(1)) + at(n / 2)) / 2.0
+        };
+        Self {
+            median,
+            min: at(0),
+            max: at(n.wrapping_sub(1)),
+        }
     }
 }
 
 /// A speculative arm against plain decoding of the same prompt, interleaved.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SpeculationRow {
     /// Kind of text.
-    pub task: &'static str,
+    pub task: String,
     /// Method.
     pub method: String,
     /// Tokens per forward of the target.
@@ -70,7 +78,7 @@ pub struct SpeculationRow {
 }
 
 /// One number format.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DecodeRow {
     /// Number format of the weights.
     pub dtype: String,
@@ -100,7 +108,7 @@ pub struct DecodeRow {
 }
 
 /// The whole measurement.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DecodeReport {
     /// The model.
     pub model: String,
@@ -140,15 +148,26 @@ const TASKS: [(&str, &str); 2] = [
 ///
 /// # Errors
 /// When the model does not load or a forward fails.
-pub fn bench_decode(path: &Path, bench: &DecodeBench, mut say: impl FnMut(&str)) -> Result<DecodeReport> {
+pub fn bench_decode(
+    path: &Path,
+    bench: &DecodeBench,
+    mut say: impl FnMut(&str),
+) -> Result<DecodeReport> {
     let n = bench.threads.unwrap_or_else(threads::default_count);
     threads::set(n);
-    let load = std::fs::read_to_string("/proc/loadavg").ok().and_then(|s| s.split(' ').next().and_then(|x| x.parse().ok()));
+    let load = std::fs::read_to_string("/proc/loadavg")
+        .ok()
+        .and_then(|s| s.split(' ').next().and_then(|x| x.parse().ok()));
     let bandwidth = bandwidth::measure_read(n, Duration::from_secs(1));
     let probe = threads::probe();
-    say(&format!("memory reads at {:.1} GB/s with {n} thread(s)", bandwidth / 1e9));
+    say(&format!(
+        "memory reads at {:.1} GB/s with {n} thread(s)",
+        bandwidth / 1e9
+    ));
     if probe.busy {
-        say("this machine is busy: a parallel region takes over a millisecond, and the figures below will be low");
+        say(
+            "this machine is busy: a parallel region takes over a millisecond, and the figures below will be low",
+        );
     }
     let mut rows = Vec::new();
     for &dtype in &bench.dtypes {
@@ -157,7 +176,12 @@ pub fn bench_decode(path: &Path, bench: &DecodeBench, mut say: impl FnMut(&str))
     }
     Ok(DecodeReport {
         model: path.display().to_string(),
-        machine: format!("{}, {} cores: {}", cpu::model_name().unwrap_or_else(|| "unknown".into()), cpu::physical_cores(), cpu::Features::detect()),
+        machine: format!(
+            "{}, {} cores: {}",
+            cpu::model_name().unwrap_or_else(|| "unknown".into()),
+            cpu::physical_cores(),
+            cpu::Features::detect()
+        ),
         threads: n,
         bandwidth,
         parallel_region_us: probe.parallel_region_us,
@@ -173,17 +197,43 @@ fn reset_peak() {
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
-fn row(path: &Path, dtype: DType, n: usize, bench: &DecodeBench, bandwidth: f64) -> Result<DecodeRow> {
-    let options = LoadOptions { dtype, device: Device::Cpu, threads: Some(n) };
-    // Once to bring the file into the page cache, once to measure.
-    drop(TextPipeline::load(path, &options)?);
+fn row(
+    path: &Path,
+    dtype: DType,
+    n: usize,
+    bench: &DecodeBench,
+    bandwidth: f64,
+) -> Result<DecodeRow> {
+    let options = LoadOptions {
+        dtype,
+        device: Device::Cpu,
+        threads: Some(n),
+    };
+    // Bring the files into the page cache.
+    let files = if path.is_dir() {
+        std::fs::read_dir(path).map(|d| d.flatten().map(|e| e.path()).collect())
+    } else {
+        Ok(vec![path.to_path_buf()])
+    };
+    for file in files.unwrap_or_default() {
+        if let Ok(mut file) = std::fs::File::open(file) {
+            let _ = std::io::copy(&mut file, &mut std::io::sink());
+        }
+    }
     reset_peak();
     let start = Instant::now();
     let pipeline = TextPipeline::load(path, &options)?;
     let load_seconds = start.elapsed().as_secs_f64();
-    let prompt = pipeline.encode("The history of the lighthouse begins with a storm. One night in the autumn of that year")?;
-    let run = |prompt: &[u32], o: &TextOptions| -> Result<Generation> { pipeline.stream_tokens(prompt, o)?.collect_all() };
-    let plain = TextOptions { ignore_eos: true, ..TextOptions::greedy(bench.tokens) };
+    let prompt = pipeline.encode(
+        "The history of the lighthouse begins with a storm. One night in the autumn of that year",
+    )?;
+    let run = |prompt: &[u32], o: &TextOptions| -> Result<Generation> {
+        pipeline.stream_tokens(prompt, o)?.collect_all()
+    };
+    let plain = TextOptions {
+        ignore_eos: true,
+        ..TextOptions::greedy(bench.tokens)
+    };
     run(&prompt, &TextOptions::greedy(4))?;
     let (mut speed, mut first) = (Vec::new(), Vec::new());
     for _ in 0..bench.repeats {
@@ -192,9 +242,20 @@ fn row(path: &Path, dtype: DType, n: usize, bench: &DecodeBench, bandwidth: f64)
         first.push(g.report.first_token_seconds);
     }
     let peak_bytes = memory::peak_rss_bytes();
-    let sampled = TextOptions { top_k: Some(50), top_p: Some(0.9), repetition_penalty: Some(1.1), temperature: Some(0.8), ..plain.clone() };
+    let sampled = TextOptions {
+        top_k: Some(50),
+        top_p: Some(0.9),
+        repetition_penalty: Some(1.1),
+        temperature: Some(0.8),
+        ..plain.clone()
+    };
     let r = run(&prompt, &sampled)?.report;
-    let long: Vec<u32> = prompt.iter().copied().cycle().take(512.min(pipeline.model().config().context / 2)).collect();
+    let long: Vec<u32> = prompt
+        .iter()
+        .copied()
+        .cycle()
+        .take(512.min(pipeline.model().config().context / 2))
+        .collect();
     let prefill = run(&long, &TextOptions::greedy(1))?.report;
     let curve = pipeline.model().measure_cost()?;
     let speculation = speculation(&pipeline, bench)?;
@@ -211,7 +272,11 @@ fn row(path: &Path, dtype: DType, n: usize, bench: &DecodeBench, bandwidth: f64)
         sampling_share: r.sampling_seconds / r.decode_seconds,
         peak_bytes,
         peak_bound: (bytes as f64 * 1.3) as u64 + 300_000_000,
-        cost: curve.rows().iter().map(|&k| (k, curve.relative(k))).collect(),
+        cost: curve
+            .rows()
+            .iter()
+            .map(|&k| (k, curve.relative(k)))
+            .collect(),
         speculation,
     })
 }
@@ -224,13 +289,21 @@ fn speculation(pipeline: &TextPipeline, bench: &DecodeBench) -> Result<Vec<Specu
             Err(Error::Unsupported(_)) => pipeline.encode(text)?,
             Err(e) => return Err(e),
         };
-        let arm = |speculate: Speculate| TextOptions { speculate, ..TextOptions::greedy(2 * bench.tokens) };
+        let arm = |speculate: Speculate| TextOptions {
+            speculate,
+            ..TextOptions::greedy(2 * bench.tokens)
+        };
         let methods = [Speculate::PromptLookup, Speculate::Auto];
         let mut times: Vec<Vec<f64>> = vec![Vec::new(); methods.len() + 1];
         let mut last: Vec<Option<Generation>> = vec![None; methods.len() + 1];
         for _ in 0..bench.repeats.min(5) {
-            for (i, method) in std::iter::once(Speculate::Off).chain(methods.clone()).enumerate() {
-                let g = pipeline.stream_tokens(&prompt, &arm(method))?.collect_all()?;
+            for (i, method) in std::iter::once(Speculate::Off)
+                .chain(methods.clone())
+                .enumerate()
+            {
+                let g = pipeline
+                    .stream_tokens(&prompt, &arm(method))?
+                    .collect_all()?;
                 times[i].push(g.report.decode_seconds);
                 last[i] = Some(g);
             }
@@ -238,9 +311,11 @@ fn speculation(pipeline: &TextPipeline, bench: &DecodeBench) -> Result<Vec<Specu
         let plain = Spread::of(times[0].clone()).median;
         let reference = last[0].take();
         for (i, method) in methods.iter().enumerate() {
-            let (Some(g), Some(reference)) = (&last[i + 1], &reference) else { continue };
+            let (Some(g), Some(reference)) = (&last[i + 1], &reference) else {
+                continue;
+            };
             rows.push(SpeculationRow {
-                task,
+                task: task.to_owned(),
                 method: method.to_string(),
                 tokens_per_call: g.report.tokens_per_call(),
                 acceptance: g.report.acceptance_rate(),
@@ -253,6 +328,14 @@ fn speculation(pipeline: &TextPipeline, bench: &DecodeBench) -> Result<Vec<Specu
 }
 
 impl DecodeReport {
+    /// Reads what [`to_json`](Self::to_json) wrote.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when it is something else.
+    pub fn from_json(text: &str) -> Result<Self> {
+        serde_json::from_str(text).map_err(|e| Error::Input(format!("not a decoding report: {e}")))
+    }
+
     /// The report as one JSON object.
     pub fn to_json(&self) -> serde_json::Value {
         serde_json::to_value(self).unwrap_or_default()
@@ -268,10 +351,14 @@ impl fmt::Display for DecodeReport {
             self.machine,
             self.threads,
             self.bandwidth / 1e9,
-            self.load.map_or_else(|| "unknown".into(), |l| format!("{l:.2}")),
+            self.load
+                .map_or_else(|| "unknown".into(), |l| format!("{l:.2}")),
             self.repeats
         )?;
-        writeln!(f, "\n| dtype | tokens/s (min-max) | of bandwidth | first token | prefill tokens/s | load | peak memory (bound) | sampling |")?;
+        writeln!(
+            f,
+            "\n| dtype | tokens/s (min-max) | of bandwidth | first token | prefill tokens/s | load | peak memory (bound) | sampling |"
+        )?;
         writeln!(f, "|---|---|---|---|---|---|---|---|")?;
         for r in &self.rows {
             let t = r.tokens_per_second;
@@ -286,12 +373,16 @@ impl fmt::Display for DecodeReport {
                 1e3 * r.first_token_seconds.median,
                 r.prefill_tokens_per_second,
                 r.load_seconds,
-                r.peak_bytes.map_or_else(|| "unknown".into(), |b| format!("{} MB", b / 1_000_000)),
+                r.peak_bytes
+                    .map_or_else(|| "unknown".into(), |b| format!("{} MB", b / 1_000_000)),
                 r.peak_bound / 1_000_000,
                 100.0 * r.sampling_share
             )?;
         }
-        writeln!(f, "\n| dtype | task | method | tokens per call | accepted | speed over plain | same text |\n|---|---|---|---|---|---|---|")?;
+        writeln!(
+            f,
+            "\n| dtype | task | method | tokens per call | accepted | speed over plain | same text |\n|---|---|---|---|---|---|---|"
+        )?;
         for r in &self.rows {
             for s in &r.speculation {
                 writeln!(
@@ -309,7 +400,11 @@ impl fmt::Display for DecodeReport {
         }
         writeln!(f, "\ncost of a forward of k rows over one row:")?;
         for r in &self.rows {
-            let list: Vec<String> = r.cost.iter().map(|(k, c)| format!("c({k}) {c:.2}")).collect();
+            let list: Vec<String> = r
+                .cost
+                .iter()
+                .map(|(k, c)| format!("c({k}) {c:.2}"))
+                .collect();
             writeln!(f, "{}: {}", r.dtype, list.join(", "))?;
         }
         Ok(())
@@ -322,7 +417,14 @@ mod tests {
 
     #[test]
     fn medians() {
-        assert_eq!(Spread::of(vec![3.0, 1.0, 2.0]), Spread { median: 2.0, min: 1.0, max: 3.0 });
+        assert_eq!(
+            Spread::of(vec![3.0, 1.0, 2.0]),
+            Spread {
+                median: 2.0,
+                min: 1.0,
+                max: 3.0
+            }
+        );
         assert_eq!(Spread::of(vec![4.0, 1.0]).median, 2.5);
     }
 }

@@ -53,12 +53,18 @@ pub enum Error {
 impl Error {
     /// An [`Error::Io`] for `path`.
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+        Self::Io {
+            path: path.into(),
+            source,
+        }
     }
 
     /// Is it the caller's options that are wrong, and not a file or the machine?
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Input(_) | Self::Sampling(sequor_sampling::Error::Input { .. }))
+        matches!(
+            self,
+            Self::Input(_) | Self::Sampling(sequor_sampling::Error::Input { .. })
+        )
     }
 }
 

@@ -17,10 +17,16 @@ use std::path::Path;
 pub fn forward(dir: &Path, inputs: &BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
     let ids = inputs.get("input_ids").ok_or_else(|| {
         let names: Vec<&str> = inputs.keys().map(String::as_str).collect();
-        Error::Input(format!("the inputs hold no tensor input_ids [batch, time] (they hold: {})", names.join(", ")))
+        Error::Input(format!(
+            "the inputs hold no tensor input_ids [batch, time] (they hold: {})",
+            names.join(", ")
+        ))
     })?;
     if ids.is_floating_point() {
-        return Err(Error::Input(format!("input_ids must be integers, not {:?}", ids.kind())));
+        return Err(Error::Input(format!(
+            "input_ids must be integers, not {:?}",
+            ids.kind()
+        )));
     }
     let model = CausalLm::load(dir, DType::F32, Device::Cpu)?;
     let _no_grad = tch::no_grad_guard();

@@ -50,24 +50,44 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
     let mut dtypes: BTreeMap<String, (u64, usize)> = BTreeMap::new();
     let (mut parameters, mut bytes) = (0u64, 0u64);
     for name in source.names() {
-        let Some(info) = source.info(&name) else { continue };
+        let Some(info) = source.info(&name) else {
+            continue;
+        };
         let dtype = info.dtype.to_string();
         let entry = dtypes.entry(dtype.clone()).or_default();
         *entry = (entry.0 + info.bytes, entry.1 + 1);
-        parameters += info.shape.iter().map(|&d| d.unsigned_abs()).product::<u64>();
+        parameters += info
+            .shape
+            .iter()
+            .map(|&d| d.unsigned_abs())
+            .product::<u64>();
         bytes += info.bytes;
-        tensors.push(TensorLine { name, shape: info.shape, dtype, bytes: info.bytes });
+        tensors.push(TensorLine {
+            name,
+            shape: info.shape,
+            dtype,
+            bytes: info.bytes,
+        });
     }
     let (config, plan) = plan(path, source);
     let (verdict, loads) = match plan {
         Ok(text) => (text, true),
         Err(e) => (format!("would be refused: {e}"), false),
     };
-    Ok(Inspection { tensors, parameters, bytes, dtypes, config, verdict, loads })
+    Ok(Inspection {
+        tensors,
+        parameters,
+        bytes,
+        dtypes,
+        config,
+        verdict,
+        loads,
+    })
 }
 
 fn plan(path: &Path, source: Box<dyn TensorSource>) -> (Option<serde_json::Value>, Result<String>) {
-    let is_gguf = source.path().extension().is_some_and(|e| e == "gguf") || Gguf::open(source.path()).is_ok();
+    let is_gguf =
+        source.path().extension().is_some_and(|e| e == "gguf") || Gguf::open(source.path()).is_ok();
     let json = if is_gguf {
         Gguf::open(source.path()).and_then(|g| gguf::to_json(&g))
     } else if path.is_dir() {

@@ -26,7 +26,11 @@ pub struct LoadOptions {
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { dtype: DType::F32, device: Device::Cpu, threads: None }
+        Self {
+            dtype: DType::F32,
+            device: Device::Cpu,
+            threads: None,
+        }
     }
 }
 
@@ -89,7 +93,9 @@ impl FromStr for Speculate {
             "prompt-lookup" => Ok(Self::PromptLookup),
             _ => match s.strip_prefix("draft=") {
                 Some(name) if !name.is_empty() => Ok(Self::Draft(name.to_owned())),
-                _ => Err(Error::Input(format!("unknown speculation method '{s}': choose off, auto, prompt-lookup or draft=MODEL"))),
+                _ => Err(Error::Input(format!(
+                    "unknown speculation method '{s}': choose off, auto, prompt-lookup or draft=MODEL"
+                ))),
             },
         }
     }
@@ -113,7 +119,9 @@ impl FromStr for Depth {
         match s.parse::<usize>() {
             Ok(n @ 1..=256) => Ok(Self::Fixed(n)),
             _ if s == "adaptive" => Ok(Self::Adaptive),
-            _ => Err(Error::Input(format!("draft depth '{s}': give a number from 1 to 256, or adaptive"))),
+            _ => Err(Error::Input(format!(
+                "draft depth '{s}': give a number from 1 to 256, or adaptive"
+            ))),
         }
     }
 }
@@ -159,12 +167,20 @@ fn default_max() -> usize {
 impl TextOptions {
     /// Greedy decoding of at most `max_new_tokens`.
     pub fn greedy(max_new_tokens: usize) -> Self {
-        Self { max_new_tokens, ..Self::default() }
+        Self {
+            max_new_tokens,
+            ..Self::default()
+        }
     }
 
     /// Sampling at `temperature` with `seed`.
     pub fn sampling(max_new_tokens: usize, temperature: f64, seed: u64) -> Self {
-        Self { max_new_tokens, temperature: Some(temperature), seed, ..Self::default() }
+        Self {
+            max_new_tokens,
+            temperature: Some(temperature),
+            seed,
+            ..Self::default()
+        }
     }
 
     /// Checks what can be checked without a model.
@@ -181,7 +197,10 @@ impl TextOptions {
     }
 
     fn temperature(&self) -> f64 {
-        let filtered = self.top_k.is_some_and(|k| k > 0) || [self.top_p, self.min_p, self.typical_p].iter().any(Option::is_some);
+        let filtered = self.top_k.is_some_and(|k| k > 0)
+            || [self.top_p, self.min_p, self.typical_p]
+                .iter()
+                .any(Option::is_some);
         self.temperature.unwrap_or(if filtered { 1.0 } else { 0.0 })
     }
 
@@ -205,7 +224,12 @@ impl TextOptions {
             (Speculate::Auto, Depth::Adaptive) => DepthPolicy::Auto { max: ADAPTIVE_MAX },
             (_, Depth::Adaptive) => DepthPolicy::Adaptive { max: ADAPTIVE_MAX },
         };
-        Options { seed: self.seed, ignore_eos: self.ignore_eos, depth, ..Options::from(config) }
+        Options {
+            seed: self.seed,
+            ignore_eos: self.ignore_eos,
+            depth,
+            ..Options::from(config)
+        }
     }
 }
 
@@ -227,20 +251,56 @@ mod tests {
     #[test]
     fn impossible_options_are_usage_errors() {
         let bad = |o: TextOptions| assert!(o.validate().unwrap_err().is_usage(), "{o:?}");
-        bad(TextOptions { temperature: Some(f64::NAN), ..TextOptions::default() });
-        bad(TextOptions { temperature: Some(-1.0), ..TextOptions::default() });
-        bad(TextOptions { top_p: Some(0.0), ..TextOptions::default() });
-        bad(TextOptions { top_p: Some(2.0), ..TextOptions::default() });
-        bad(TextOptions { min_p: Some(1.5), ..TextOptions::default() });
-        bad(TextOptions { repetition_penalty: Some(0.0), ..TextOptions::default() });
-        bad(TextOptions { stop: vec![String::new()], ..TextOptions::default() });
+        bad(TextOptions {
+            temperature: Some(f64::NAN),
+            ..TextOptions::default()
+        });
+        bad(TextOptions {
+            temperature: Some(-1.0),
+            ..TextOptions::default()
+        });
+        bad(TextOptions {
+            top_p: Some(0.0),
+            ..TextOptions::default()
+        });
+        bad(TextOptions {
+            top_p: Some(2.0),
+            ..TextOptions::default()
+        });
+        bad(TextOptions {
+            min_p: Some(1.5),
+            ..TextOptions::default()
+        });
+        bad(TextOptions {
+            repetition_penalty: Some(0.0),
+            ..TextOptions::default()
+        });
+        bad(TextOptions {
+            stop: vec![String::new()],
+            ..TextOptions::default()
+        });
         TextOptions::sampling(5, 0.7, 1).validate().unwrap();
     }
 
     #[test]
     fn a_filter_alone_means_sampling() {
         assert_eq!(TextOptions::default().temperature(), 0.0);
-        assert_eq!(TextOptions { top_p: Some(0.9), ..TextOptions::default() }.temperature(), 1.0);
-        assert_eq!(TextOptions { top_p: Some(0.9), temperature: Some(0.0), ..TextOptions::default() }.temperature(), 0.0);
+        assert_eq!(
+            TextOptions {
+                top_p: Some(0.9),
+                ..TextOptions::default()
+            }
+            .temperature(),
+            1.0
+        );
+        assert_eq!(
+            TextOptions {
+                top_p: Some(0.9),
+                temperature: Some(0.0),
+                ..TextOptions::default()
+            }
+            .temperature(),
+            0.0
+        );
     }
 }

@@ -27,7 +27,10 @@ impl TextPipeline {
     /// # Errors
     /// When it cannot be found, fetched or loaded; the message says what to do.
     pub fn from_pretrained(name: &str) -> Result<Self> {
-        Self::load(&Resolver::from_env().resolve_model(name)?.path, &LoadOptions::default())
+        Self::load(
+            &Resolver::from_env().resolve_model(name)?.path,
+            &LoadOptions::default(),
+        )
     }
 
     /// Loads a model folder or GGUF file.
@@ -35,7 +38,11 @@ impl TextPipeline {
     /// # Errors
     /// When a file is absent, damaged, or does not fit its config.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
-        sequor_kernels::threads::set(options.threads.unwrap_or_else(sequor_kernels::threads::default_count));
+        sequor_kernels::threads::set(
+            options
+                .threads
+                .unwrap_or_else(sequor_kernels::threads::default_count),
+        );
         let tokenizer = load_tokenizer(path)?;
         let model = CausalLm::load(path, options.dtype, options.device)?;
         let mut eos = model.config().eos.clone();
@@ -52,7 +59,12 @@ impl TextPipeline {
                 model.vocab_size()
             )));
         }
-        Ok(Self { model, tokenizer, draft: None, eos })
+        Ok(Self {
+            model,
+            tokenizer,
+            draft: None,
+            eos,
+        })
     }
 
     /// Loads a small model that drafts for this one ([`Speculate::Draft`]).
@@ -64,11 +76,18 @@ impl TextPipeline {
         let draft = CausalLm::load(path, options.dtype, options.device)?;
         let (ours, theirs) = (self.model.vocab_size(), draft.vocab_size());
         let same = |id: u32| tokenizer.id_to_token(id) == self.tokenizer.id_to_token(id);
-        let differs = (0..self.tokenizer.vocab_size().max(tokenizer.vocab_size()) as u32).find(|&id| !same(id));
+        let differs = (0..self.tokenizer.vocab_size().max(tokenizer.vocab_size()) as u32)
+            .find(|&id| !same(id));
         if ours != theirs || differs.is_some() {
             let what = differs.map_or_else(
                 || format!("sizes {ours} and {theirs}"),
-                |id| format!("token {id} is {:?} and {:?}", self.tokenizer.id_to_token(id), tokenizer.id_to_token(id)),
+                |id| {
+                    format!(
+                        "token {id} is {:?} and {:?}",
+                        self.tokenizer.id_to_token(id),
+                        tokenizer.id_to_token(id)
+                    )
+                },
             );
             return Err(Error::Input(format!(
                 "{}: a draft model must share the target's vocabulary ({what}); choose a smaller model of the same family",
@@ -101,7 +120,9 @@ impl TextPipeline {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let ids = self.tokenizer.encode(text, true)?;
         if ids.is_empty() {
-            return Err(Error::Input("the prompt is empty: give the text to continue".into()));
+            return Err(Error::Input(
+                "the prompt is empty: give the text to continue".into(),
+            ));
         }
         Ok(ids)
     }
@@ -144,11 +165,17 @@ impl TextPipeline {
         let sampling = options.to_sampling(&self.eos);
         let drafter: Option<Box<dyn Drafter + '_>> = match (&options.speculate, &self.draft) {
             (Speculate::Off, _) => None,
-            (Speculate::Draft(_), Some(draft)) => Some(Box::new(DraftModel::new(draft, DraftMode::Greedy)?)),
-            (Speculate::Draft(name), None) => {
-                return Err(Error::Input(format!("the draft model '{name}' has not been loaded: call load_draft first")));
+            (Speculate::Draft(_), Some(draft)) => {
+                Some(Box::new(DraftModel::new(draft, DraftMode::Greedy)?))
             }
-            (Speculate::Auto | Speculate::PromptLookup, _) => Some(Box::new(PromptLookup::default())),
+            (Speculate::Draft(name), None) => {
+                return Err(Error::Input(format!(
+                    "the draft model '{name}' has not been loaded: call load_draft first"
+                )));
+            }
+            (Speculate::Auto | Speculate::PromptLookup, _) => {
+                Some(Box::new(PromptLookup::default()))
+            }
         };
         let mut generator = Generator::new(&self.model, sampling)?;
         if let Some(flag) = &options.cancel {
@@ -164,7 +191,9 @@ fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
         return Ok(Tokenizer::from_dir(path)?);
     }
     let file = Gguf::open(path)?;
-    let f = file.vocab_fields()?.ok_or_else(|| Error::Unsupported(format!("{}: the file carries no tokenizer", path.display())))?;
+    let f = file.vocab_fields()?.ok_or_else(|| {
+        Error::Unsupported(format!("{}: the file carries no tokenizer", path.display()))
+    })?;
     Ok(Tokenizer::from_gguf_vocab(GgufVocab {
         model: f.model,
         pre: f.pre,
@@ -192,5 +221,8 @@ fn extra_eos(path: &Path) -> Result<Vec<u32>> {
     let json = causal_lm::read_json(&file)?;
     let config = sequor_sampling::GenerationConfig::from_json(&json.to_string())
         .map_err(|e| Error::Config(format!("{}: {e}", file.display())))?;
-    Ok(config.eos_token_id.map(|ids| ids.as_slice().to_vec()).unwrap_or_default())
+    Ok(config
+        .eos_token_id
+        .map(|ids| ids.as_slice().to_vec())
+        .unwrap_or_default())
 }

@@ -26,16 +26,31 @@ impl TextPipeline {
     ///
     /// # Errors
     /// [`Error::Input`] for a text of fewer than two tokens and windows that do not fit.
-    pub fn perplexity(&self, text: &str, context: usize, stride: usize, max_tokens: Option<usize>) -> Result<Score> {
+    pub fn perplexity(
+        &self,
+        text: &str,
+        context: usize,
+        stride: usize,
+        max_tokens: Option<usize>,
+    ) -> Result<Score> {
         let mut ids = self.tokenizer().encode(text, false)?;
         ids.truncate(max_tokens.unwrap_or(usize::MAX));
         if ids.len() < 2 {
-            return Err(Error::Input("a text of fewer than two tokens cannot be scored".into()));
+            return Err(Error::Input(
+                "a text of fewer than two tokens cannot be scored".into(),
+            ));
         }
         let context = context.min(self.model().config().context.saturating_sub(1));
-        let options = WindowOptions { context, stride: stride.min(context), batch: 1 };
+        let options = WindowOptions {
+            context,
+            stride: stride.min(context),
+            batch: 1,
+        };
         let likelihood = score_decoder(self.model().decoder(), &ids, &options)?;
         let scored = self.tokenizer().decode(&ids, false)?;
-        Ok(Score { likelihood, bytes: scored.len() })
+        Ok(Score {
+            likelihood,
+            bytes: scored.len(),
+        })
     }
 }

@@ -134,7 +134,11 @@ impl<'p> TextStream<'p> {
             text: self.text,
             tokens,
             prompt_tokens: self.prompt_tokens,
-            finish: if self.kept.is_some() { FinishReason::Stop } else { done.finish },
+            finish: if self.kept.is_some() {
+                FinishReason::Stop
+            } else {
+                done.finish
+            },
             report: done.report,
             method: self.method,
             seed: self.seed,
@@ -154,7 +158,9 @@ impl<'p> TextStream<'p> {
         if self.eos.contains(&token) {
             return Ok(false); // ends the text without being part of it
         }
-        let Some(piece) = self.decoder.push(token)? else { return Ok(false) };
+        let Some(piece) = self.decoder.push(token)? else {
+            return Ok(false);
+        };
         let (emit, stopped) = self.stop.push(&piece);
         self.emit(emit);
         Ok(stopped.is_some())

@@ -2,9 +2,10 @@
 
 use super::model::resolve;
 use crate::args::BenchDecode;
-use crate::exit::{Result, usage};
+use crate::exit::{Exit, Result, failure, usage};
 use sequor_nn::device::DType;
-use sequor_text::bench::{DecodeBench, bench_decode};
+use sequor_text::bench::{DecodeBench, DecodeReport, bench_decode};
+use std::process::{Command, Stdio};
 
 /// Measures decoding speed and prints a table.
 pub fn run(a: &BenchDecode) -> Result {
@@ -18,17 +19,60 @@ pub fn run(a: &BenchDecode) -> Result {
         .iter()
         .map(|d| d.parse::<DType>().map_err(usage))
         .collect::<Result<Vec<_>>>()?;
-    let path = resolve(&a.model, a.offline)?;
-    let bench = DecodeBench {
-        dtypes,
-        tokens: a.tokens,
-        repeats: a.repeats,
-        threads: a.threads,
+    let report = match dtypes[..] {
+        [] => return Err(usage("--dtypes must name at least one number format")),
+        [dtype] => {
+            let path = resolve(&a.model, a.offline)?;
+            let bench = DecodeBench {
+                dtypes: vec![dtype],
+                tokens: a.tokens,
+                repeats: a.repeats,
+                threads: a.threads,
+            };
+            bench_decode(&path, &bench, |line| eprintln!("{line}"))?
+        }
+        _ => one_process_each(a, &dtypes)?,
     };
-    let report = bench_decode(&path, &bench, |line| eprintln!("{line}"))?;
     println!("{report}");
     if a.json {
         println!("{}", report.to_json());
     }
     Ok(())
+}
+
+/// One process per number format, so that what one leaves behind in memory does not count
+/// for the next.
+fn one_process_each(a: &BenchDecode, dtypes: &[DType]) -> Result<DecodeReport> {
+    let exe = std::env::current_exe().map_err(failure)?;
+    let mut whole: Option<DecodeReport> = None;
+    for dtype in dtypes {
+        let mut child = Command::new(&exe);
+        child.args(["bench", "decode", "--json", "--model", &a.model]);
+        child.args([
+            "--dtypes",
+            &dtype.to_string(),
+            "--tokens",
+            &a.tokens.to_string(),
+        ]);
+        child.args(["--repeats", &a.repeats.to_string()]);
+        child.args(
+            a.threads
+                .iter()
+                .flat_map(|n| ["--threads".to_owned(), n.to_string()]),
+        );
+        child.args(a.offline.then_some("--offline"));
+        let output = child.stderr(Stdio::inherit()).output().map_err(failure)?;
+        if !output.status.success() {
+            return Err(Exit::Failure(format!(
+                "measuring {dtype} failed (see above)"
+            )));
+        }
+        let text = String::from_utf8_lossy(&output.stdout);
+        let part = DecodeReport::from_json(text.lines().last().unwrap_or_default())?;
+        match &mut whole {
+            Some(report) => report.rows.extend(part.rows),
+            None => whole = Some(part),
+        }
+    }
+    whole.ok_or_else(|| usage("--dtypes must name at least one number format"))
 }
