@@ -90,7 +90,7 @@ fn a_text_streams_and_json_tells_everything() {
     assert!(o.status.success(), "{}", stderr(&o));
     let j = json(&o);
     assert_eq!(
-        j["tokens"].as_array().unwrap().len(),
+        j["token_ids"].as_array().unwrap().len(),
         j["new_tokens"].as_u64().unwrap() as usize
     );
     assert_eq!(
@@ -150,7 +150,7 @@ fn every_method_gives_the_plain_text_and_really_drafts() {
         for method in ["prompt-lookup", draft.as_str(), "auto"] {
             let j = generate(method);
             assert_eq!(
-                j["tokens"], plain["tokens"],
+                j["token_ids"], plain["token_ids"],
                 "{method} at temperature {temperature}"
             );
             if method != "auto" {

@@ -44,7 +44,7 @@ impl Generation {
         let r = &self.report;
         json!({
             "text": self.text,
-            "tokens": self.tokens,
+            "token_ids": self.tokens,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.tokens.len(),
             "finish": self.finish.to_string(),

@@ -9,9 +9,11 @@ use sequor_text::{Generation, LoadOptions, Message, Speculate, TextOptions, Text
 use std::path::{Path, PathBuf};
 
 /// Has something worth copying, so that looking things up in the prompt pays.
-const CHAT_PROMPT: &str = "Repeat this text word by word, then say in one sentence what it is about: \
-The river rises in the hills, runs past the old mill, and reaches the sea at the harbour. \
-In spring the river floods the meadows, and the old mill stands still until the water falls.";
+const CHAT_PROMPT: &str = "Summarise this text in two sentences, using its own words: \
+The lighthouse at the end of the bay was built in 1862 from grey stone. For a hundred years \
+a keeper climbed its 182 steps every evening to light the lamp. Since 1964 the lamp has been \
+lit by electricity, and the keeper's house has become a small museum that shows how the \
+keepers of the lighthouse lived.";
 const BIBLE_PROMPT: &str = "In the beginning God created the heavens and the earth.";
 
 /// Generates twice, compares, and writes `index.html`.

@@ -1,7 +1,7 @@
 //! Finding and loading the model that an option names.
 
 use crate::args::{ModelArgs, SamplingArgs, SpeculateArgs};
-use crate::exit::{Result, usage};
+use crate::exit::{Result, failure, usage};
 use sequor_data::Resolver;
 use sequor_nn::device::{DType, parse_device};
 use sequor_text::{LoadOptions, TextOptions, TextPipeline};
@@ -23,7 +23,10 @@ pub fn load_options(a: &ModelArgs) -> Result<LoadOptions> {
     }
     Ok(LoadOptions {
         dtype: a.dtype.parse::<DType>().map_err(usage)?,
-        device: parse_device(&a.device).map_err(usage)?,
+        device: parse_device(&a.device).map_err(|e| match e {
+            sequor_nn::Error::Input(_) => usage(e),
+            e => failure(e),
+        })?,
         threads: a.threads,
     })
 }
