@@ -164,7 +164,7 @@ pub(super) fn train_with(
     write_model(recipe, &corpus, &task.params(), out_dir)?;
     let report = measure(recipe, &corpus, &task, &outcome, held_out_bytes, out_dir)?;
     let subtitle = format!(
-        "{:.1} M parameters, best at step {}: {:.3} bits per byte of held-out text",
+        "{:.1} M parameters, best at step {}: {:.3} bits per byte held out",
         report.parameters as f64 / 1e6,
         report.best_step,
         report.bits_per_byte
