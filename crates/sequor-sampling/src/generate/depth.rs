@@ -150,6 +150,10 @@ impl DepthController {
     }
 
     fn choose_auto(&mut self, cap: usize) -> usize {
+        // Without a known curve, a plain step comes first: what drafts cost is relative to it.
+        if self.known.is_none() && !self.seen.contains_key(&1) {
+            return 0;
+        }
         let allowed = LOSS_SHARE * self.emitted;
         let affordable = |depth: usize, may_owe: f64| self.balance - self.risk(depth) >= -may_owe;
         let best = self.best(cap);
@@ -181,6 +185,10 @@ impl DepthController {
         let Some(curve) = self.curve() else {
             return cap.min(1);
         };
+        // One point says nothing about the price of more rows: try two.
+        if self.known.is_none() && self.seen.len() < 2 {
+            return cap.min(1);
+        }
         curve
             .best_depth(self.accepted / self.tested, self.draft_cost(), cap)
             .0
@@ -234,5 +242,33 @@ impl DepthController {
             .plain_seconds()
             .map_or(0.0, |plain| round.draft_seconds / plain);
         self.balance += round.emitted as f64 - self.relative(round.rows) - draft;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_curve_it_learns_from_its_own_passes() {
+        // Times are made up, so that a busy machine cannot decide the test: every row costs
+        // as much as the first, and nothing that is drafted is ever right.
+        let mut control = DepthController::new(DepthPolicy::Auto { max: 8 }, None, true);
+        let mut drafted = 0;
+        for _ in 0..300 {
+            let depth = control.choose(8);
+            drafted += depth;
+            control.record(Round {
+                asked: depth > 0,
+                rows: depth + 1,
+                depth,
+                accepted: 0,
+                rejected: depth > 0,
+                emitted: 1,
+                draft_seconds: 0.0,
+                verify_seconds: 1e-3 * (depth + 1) as f64,
+            });
+        }
+        assert!(drafted < 20, "{drafted} tokens drafted for nothing");
     }
 }

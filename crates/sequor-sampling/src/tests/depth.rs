@@ -192,23 +192,3 @@ fn random_drafts_keep_a_fixed_depth() {
 fn tail(out: &Generation) -> usize {
     out.report.depth_histogram[..3].iter().sum()
 }
-
-#[test]
-fn without_a_curve_it_learns_from_its_own_passes() {
-    let mut target = target(1.0);
-    target.curve = None;
-    let oracle = Oracle {
-        truth: target.clone(),
-        every: 0,
-        calls: 0,
-    };
-    let options = Options::from(GenerationConfig::greedy()).max_new_tokens(300);
-    let generator = Generator::new(&target, options).unwrap();
-    let out = generator
-        .generate(&[1, 2], Some(Box::new(oracle)), |_| {
-            ControlFlow::Continue(())
-        })
-        .unwrap();
-    // Nothing was ever right, so hardly anything may have been drafted.
-    assert!(out.report.drafted < 60, "{}", out.report);
-}
