@@ -5,7 +5,9 @@
 //! `cargo run --release -p sequor-examples --example custom_drafter [MODEL]`
 
 use sequor::sampling::draft::{Budget, DraftContext, Drafter};
-use sequor::sampling::{DraftTree, Error, GenerationConfig, Generator, Options, Result};
+use sequor::sampling::{
+    DepthPolicy, DraftTree, Error, GenerationConfig, Generator, Options, Result,
+};
 use sequor::text::TextPipeline;
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -47,8 +49,13 @@ impl Drafter for LastSuccessor {
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let model = std::env::args().nth(1).unwrap_or_else(|| "smollm2".into());
     let pipeline = TextPipeline::from_pretrained(&model)?;
-    let prompt = pipeline.encode("one two three four, one two three four, one two three")?;
-    let options = Options::from(GenerationConfig::greedy()).max_new_tokens(48);
+    let prompt = pipeline.encode(
+        "The cat sat on the mat. The cat sat on the mat. The cat sat on the mat. The cat sat",
+    )?;
+    // Four tokens every time; the default would draft only where that pays.
+    let options = Options::from(GenerationConfig::greedy())
+        .max_new_tokens(48)
+        .depth(DepthPolicy::Fixed(4));
     let generator = Generator::new(pipeline.model(), options)?;
     let go_on = |_| ControlFlow::Continue(());
     let plain = generator.generate(&prompt, None, go_on)?;
