@@ -261,11 +261,6 @@ impl DecoderConfig {
         c.init_std = r.positive("initializer_range", 0.02)?;
         Ok(c)
     }
-
-    /// Are positions rotary (and not learned)?
-    pub fn is_rotary(&self) -> bool {
-        matches!(self.positions, PositionKind::Rotary(_))
-    }
 }
 
 fn family(r: &Reader<'_>) -> Result<Family> {

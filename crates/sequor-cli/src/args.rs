@@ -1,6 +1,6 @@
 //! The command line.
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
 /// Generative models that predict the next X: token, codebook layer, scale, frame.
@@ -309,7 +309,7 @@ pub struct Demo {
 }
 
 /// Kinds of catalogue.
-#[derive(Debug, Clone, Copy, ValueEnum, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub enum CatalogKind {
     /// Models.
     Models,

@@ -1,7 +1,5 @@
 //! A pipeline from a folder, whatever is in it.
 
-use std::path::Path;
-
 /// A loaded pipeline.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -16,7 +14,7 @@ pub enum Pipeline {
 /// # Errors
 /// When it is no model that an enabled feature knows.
 #[cfg(feature = "text")]
-pub fn load(path: &Path) -> sequor_text::Result<Pipeline> {
+pub fn load(path: &std::path::Path) -> sequor_text::Result<Pipeline> {
     let pipeline = sequor_text::TextPipeline::load(path, &sequor_text::LoadOptions::default())?;
     Ok(Pipeline::Text(Box::new(pipeline)))
 }
