@@ -5,7 +5,9 @@ use crate::args::Demo;
 use crate::exit::{Exit, Result, cancel_flag, failure, usage};
 use sequor_data::Resolver;
 use sequor_nn::device::DType;
+use sequor_nn::weights::write_atomic;
 use sequor_text::{Generation, LoadOptions, Message, Speculate, TextOptions, TextPipeline};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Has something worth copying, so that looking things up in the prompt pays.
@@ -77,7 +79,12 @@ pub fn run(a: &Demo) -> Result {
         || path.display().to_string(),
         |n| n.to_string_lossy().into_owned(),
     );
-    write_whole(&page, &html(&name, dtype, prompt_text, &runs, equal))?;
+    let text = html(&name, dtype, prompt_text, &runs, equal);
+    write_atomic(&page, |w| {
+        w.write_all(text.as_bytes())
+            .map_err(|e| sequor_nn::Error::io(&page, e))
+    })
+    .map_err(failure)?;
     println!("wrote {}", page.display());
     if equal {
         Ok(())
@@ -114,14 +121,6 @@ fn make_folder(dir: &Path) -> Result {
                 dir.display()
             ))
         })
-}
-
-/// Writes a file under its name only when it is whole.
-fn write_whole(path: &Path, text: &str) -> Result {
-    let partial = path.with_extension("partial");
-    std::fs::write(&partial, text)
-        .and_then(|()| std::fs::rename(&partial, path))
-        .map_err(|e| failure(format!("{}: {e}", path.display())))
 }
 
 fn html(
