@@ -181,7 +181,7 @@ impl CausalLm {
         Ok(curve)
     }
 
-    fn kv_shape(&self) -> KvShape {
+    pub(crate) fn kv_shape(&self) -> KvShape {
         let c = self.config();
         KvShape {
             layers: c.layers,
@@ -192,7 +192,7 @@ impl CausalLm {
         }
     }
 
-    fn run(&self, steps: &[Step<'_>], state: &mut KvCache) -> Result<Vec<Output>> {
+    pub(crate) fn run(&self, steps: &[Step<'_>], state: &mut KvCache) -> Result<Vec<Output>> {
         let _no_grad = sequor_nn::tch::no_grad_guard();
         let vocab = self.config().vocab_size;
         let mut positions = Vec::new();
@@ -248,7 +248,7 @@ impl CausalLm {
     }
 
     /// Projects only the rows that somebody wants to see.
-    fn outputs(&self, steps: &[Step<'_>], hidden: &Tensor) -> Result<Vec<Output>> {
+    pub(crate) fn outputs(&self, steps: &[Step<'_>], hidden: &Tensor) -> Result<Vec<Output>> {
         let mut wanted: Vec<i64> = Vec::new();
         let mut start = 0i64;
         for step in steps {

@@ -13,14 +13,14 @@ use sequor_nn::{Device, Error, Init, Kind, ParamBuilder, Result, Tensor};
 /// A decoder-only transformer: embed, blocks, norm, head.
 #[derive(Debug)]
 pub struct Decoder {
-    config: DecoderConfig,
-    embed: Embedding,
+    pub(crate) config: DecoderConfig,
+    pub(crate) embed: Embedding,
     positions: Option<(Embedding, i64)>,
     /// Projections between token embeddings and rows of another width (OPT-350m).
     project: Option<(Linear, Linear)>,
-    blocks: Vec<Block>,
-    norm: Option<Norm>,
-    head: Linear,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) norm: Option<Norm>,
+    pub(crate) head: Linear,
     device: Device,
 }
 
@@ -177,6 +177,19 @@ impl Decoder {
             None => last,
         };
         Ok(Hidden { last, taps })
+    }
+
+    /// The rows of the input embedding for `ids` (any shape, int64): `[.., embed_dim]` f32.
+    ///
+    /// # Errors
+    /// When an id lies outside the vocabulary.
+    pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        self.embed.forward(ids)
+    }
+
+    /// The output head, `[vocab, embed_dim]`, without a copy.
+    pub fn head(&self) -> &Linear {
+        &self.head
     }
 
     /// Scores over the vocabulary, `[rows, vocab]` f32, for rows of [`Hidden::last`].

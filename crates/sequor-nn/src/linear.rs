@@ -140,6 +140,38 @@ impl Linear {
         self.output
     }
 
+    /// The layer with only these outputs, in this order: a head that scores a part of the
+    /// vocabulary. The rows are copied.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when an output does not exist.
+    pub fn select_outputs(&self, outputs: &[u32]) -> Result<Self> {
+        if let Some(bad) = outputs.iter().find(|&&o| i64::from(o) >= self.output) {
+            return Err(Error::Input(format!(
+                "output {bad} of a linear layer with {} outputs",
+                self.output
+            )));
+        }
+        let index: Vec<i64> = outputs.iter().map(|&o| i64::from(o)).collect();
+        let index = Tensor::f_from_slice(&index)?.f_to_device(self.storage.tensor().device())?;
+        let storage = match &self.storage {
+            Storage::Dense(w) => Storage::Dense(w.f_index_select(0, &index)?),
+            Storage::Transposed(w) => {
+                Storage::Transposed(w.f_index_select(1, &index)?.f_contiguous()?)
+            }
+        };
+        let bias = match &self.bias {
+            Some(b) => Some(b.f_index_select(0, &index)?),
+            None => None,
+        };
+        Ok(Self {
+            storage,
+            bias,
+            input: self.input,
+            output: outputs.len() as i64,
+        })
+    }
+
     /// Puts the weight into the order that suits this machine's kernels. For inference
     /// only: a parameter in training stays as it is.
     ///
@@ -276,7 +308,13 @@ mod tests {
                 assert!(diff < 1e-6, "{diff}");
             };
             close(&joined);
+            let part = |l: &Linear| l.select_outputs(&[8, 0, 3]).unwrap().forward(&x).unwrap();
+            let expected = apart.index_select(1, &Tensor::from_slice(&[8i64, 0, 3]));
+            let near = |y: Tensor| (y - &expected).abs().max().double_value(&[]) < 1e-6;
+            assert!(near(part(&joined)));
+            assert!(joined.select_outputs(&[9]).is_err());
             let packed = joined.pack().unwrap();
+            assert!(near(part(&packed)));
             assert!(matches!(packed.storage, Storage::Transposed(_)));
             close(&packed);
             assert!(Linear::join(&[packed]).is_err());
