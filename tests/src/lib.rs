@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod decoding;
+mod heads;
 
 use sequor_nn::weights::{Safetensors, TensorSource};
 use sequor_nn::{Kind, Tensor};
@@ -29,7 +30,7 @@ pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// The class of a case, if this workspace supports it.
 pub fn supported(case: &Value) -> bool {
     let class = case["class"].as_str().unwrap_or("");
-    is_decoder(class) || decoding::CLASSES.contains(&class)
+    is_decoder(class) || decoding::CLASSES.contains(&class) || heads::CLASSES.contains(&class)
 }
 
 fn is_decoder(class: &str) -> bool {
@@ -61,6 +62,9 @@ pub fn run(dir: &Path) -> Result<Outputs> {
     let inputs = load_all(&dir.join("inputs.safetensors"))?;
     if is_decoder(class) {
         return Ok(sequor_text::forward(dir, &inputs)?);
+    }
+    if heads::CLASSES.contains(&class) {
+        return heads::run(class, dir, &inputs);
     }
     // Options of a case without a network stand in its config.
     let mut options = sequor_backbone::causal_lm::read_json(&dir.join("config.json"))?;

@@ -14,4 +14,6 @@ mod cli;
 mod model;
 mod outside;
 mod parity;
+mod speculative;
+mod systems;
 mod training;

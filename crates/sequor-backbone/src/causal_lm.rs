@@ -5,11 +5,13 @@ use crate::decoder::{Decoder, Input};
 use crate::{gguf, keys};
 use sequor_kernels::cost::CostCurve;
 use sequor_nn::attention::Cached;
+use sequor_nn::block::Pass;
 use sequor_nn::device::DType;
 use sequor_nn::kv::{KvCache, KvShape};
 use sequor_nn::weights::{self, Gguf, TensorSource};
 use sequor_nn::{Device, Error, ParamBuilder, Result, Tensor};
 use sequor_sampling::{Layout, LogitRows, Logits, Output, Step, TargetModel};
+use sha2::{Digest, Sha256};
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
@@ -137,6 +139,36 @@ impl CausalLm {
         self.dtype
     }
 
+    /// Identity of the model: the first 16 hexadecimal digits of the SHA-256 over its sizes
+    /// (vocabulary, width, layers, query heads, key/value heads, feed-forward width; 64-bit
+    /// little-endian) and the scales of all norms in the order of the layers (f32,
+    /// little-endian). Norms are f32 whatever the format of the matrices, so that a
+    /// quantised file and its original have one identity. What was trained beside a model
+    /// (draft heads) names it by this.
+    ///
+    /// # Errors
+    /// When a norm cannot be read.
+    pub fn fingerprint(&self) -> Result<String> {
+        let c = self.config();
+        let mut hash = Sha256::new();
+        let sizes = [
+            c.vocab_size,
+            c.dim,
+            c.layers as i64,
+            c.heads,
+            c.kv_heads,
+            c.hidden,
+        ];
+        sizes.iter().for_each(|n| hash.update(n.to_le_bytes()));
+        for norm in self.decoder.norms() {
+            let scale = sequor_kernels::bridge::to_vec::<f32>(norm.weight())
+                .map_err(|e| Error::Input(e.to_string()))?;
+            scale.iter().for_each(|x| hash.update(x.to_le_bytes()));
+        }
+        let digest = hash.finalize();
+        Ok(digest.iter().take(8).map(|b| format!("{b:02x}")).collect())
+    }
+
     /// Measures what a pass over 1, 2, 4, .. rows costs here, unless that is known
     /// already. The curve decides how deep drafts are; it never changes an output.
     ///
@@ -193,7 +225,39 @@ impl CausalLm {
     }
 
     pub(crate) fn run(&self, steps: &[Step<'_>], state: &mut KvCache) -> Result<Vec<Output>> {
+        self.run_layers(0..self.config().layers, steps, state)
+    }
+
+    /// One forward through some of the layers, the final norm and the head.
+    pub(crate) fn run_layers(
+        &self,
+        layers: impl IntoIterator<Item = usize>,
+        steps: &[Step<'_>],
+        state: &mut KvCache,
+    ) -> Result<Vec<Output>> {
         let _no_grad = sequor_nn::tch::no_grad_guard();
+        let (ids, positions) = self.announce(steps, state)?;
+        let slots: Vec<usize> = steps.iter().map(|s| s.slot).collect();
+        let rows = self
+            .decoder
+            .input_rows(&Input::Ids(&ids), &positions, 0.0)?;
+        let rope = self.decoder.rotations(&positions)?;
+        let mut pass = Pass {
+            attend: &mut Cached::new(state, &slots),
+            rope: rope.as_ref(),
+            dropout: 0.0,
+        };
+        let (rows, _) = self.decoder.run_layers(layers, rows, &mut pass, &[])?;
+        self.outputs(steps, &self.decoder.finish(&rows)?)
+    }
+
+    /// Checks the steps and makes their rows pending; gives the ids `[rows]` and positions of
+    /// all of them, one step after the other.
+    pub(crate) fn announce(
+        &self,
+        steps: &[Step<'_>],
+        state: &mut KvCache,
+    ) -> Result<(Tensor, Vec<i64>)> {
         let vocab = self.config().vocab_size;
         let mut positions = Vec::new();
         let mut ids: Vec<i64> = Vec::new();
@@ -232,19 +296,8 @@ impl CausalLm {
         if ids.is_empty() {
             return Err(Error::Input("a forward needs at least one token".into()));
         }
-        let slots: Vec<usize> = steps.iter().map(|s| s.slot).collect();
         let ids = Tensor::f_from_slice(&ids)?.f_to_device(self.decoder.device())?;
-        let hidden = self
-            .decoder
-            .forward(
-                &Input::Ids(&ids),
-                &positions,
-                &mut Cached::new(state, &slots),
-                0.0,
-                &[],
-            )?
-            .last;
-        self.outputs(steps, &hidden)
+        Ok((ids, positions))
     }
 
     /// Projects only the rows that somebody wants to see.
@@ -302,6 +355,21 @@ impl CausalLm {
     }
 }
 
+/// A failed forward leaves nothing pending behind.
+pub(crate) fn or_discard<T>(
+    outcome: Result<T>,
+    steps: &[Step<'_>],
+    state: &mut KvCache,
+) -> sequor_sampling::Result<T> {
+    if outcome.is_err() {
+        let slots = state.slots();
+        for step in steps.iter().filter(|s| s.slot < slots) {
+            state.discard(step.slot)?;
+        }
+    }
+    Ok(outcome?)
+}
+
 impl TargetModel for CausalLm {
     type State = KvCache;
 
@@ -322,15 +390,7 @@ impl TargetModel for CausalLm {
         steps: &[Step<'_>],
         state: &mut KvCache,
     ) -> sequor_sampling::Result<Vec<Output>> {
-        let outputs = self.run(steps, state);
-        if outputs.is_err() {
-            // A failed forward leaves nothing pending behind.
-            let slots = state.slots();
-            for step in steps.iter().filter(|s| s.slot < slots) {
-                state.discard(step.slot)?;
-            }
-        }
-        Ok(outputs?)
+        or_discard(self.run(steps, state), steps, state)
     }
 
     fn cost_curve(&self) -> Option<CostCurve> {

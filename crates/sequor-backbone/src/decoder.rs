@@ -8,6 +8,7 @@ use sequor_nn::ffn::FfnConfig;
 use sequor_nn::linear::Linear;
 use sequor_nn::mask::Mask;
 use sequor_nn::norm::Norm;
+use sequor_nn::rope::RopeTables;
 use sequor_nn::{Device, Error, Init, Kind, ParamBuilder, Result, Tensor};
 
 /// A decoder-only transformer: embed, blocks, norm, head.
@@ -111,8 +112,8 @@ impl Decoder {
         self.blocks.iter().map(Block::bytes).sum::<usize>() + self.head.bytes()
     }
 
-    /// Runs the blocks. `positions[i]` is the place of row `i` in its sequence; who sees
-    /// whom is up to `attend`. Rows after the layers in `taps` are kept (layer `i` means
+    /// Runs the whole network. `positions[i]` is the place of row `i` in its sequence; who
+    /// sees whom is up to `attend`. Rows after the layers in `taps` are kept (layer `i` means
     /// the output of block `i`).
     ///
     /// # Errors
@@ -125,6 +126,57 @@ impl Decoder {
         dropout: f64,
         taps: &[usize],
     ) -> Result<Hidden> {
+        let rows = self.input_rows(input, positions, dropout)?;
+        let rope = self.rotations(positions)?;
+        let mut pass = Pass {
+            attend,
+            rope: rope.as_ref(),
+            dropout,
+        };
+        let (rows, taps) = self.run_layers(0..self.blocks.len(), rows, &mut pass, taps)?;
+        let last = self.finish(&rows)?;
+        Ok(Hidden { last, taps })
+    }
+
+    /// Continues from an intermediate layer: `rows` `[rows, dim]` are outputs of block
+    /// `layer - 1` (for `layer` 0, of [`input_rows`](Self::input_rows)), and run through
+    /// block `layer` and all that follow. Everything else is as in
+    /// [`forward`](Self::forward).
+    ///
+    /// # Errors
+    /// When there is no such layer or shapes do not fit; the message names the layer.
+    pub fn forward_from(
+        &self,
+        layer: usize,
+        rows: &Tensor,
+        positions: &[i64],
+        attend: &mut dyn Attend,
+        taps: &[usize],
+    ) -> Result<Hidden> {
+        if layer > self.blocks.len() {
+            return Err(Error::Input(format!(
+                "layer {layer} of a network of {} layers",
+                self.blocks.len()
+            )));
+        }
+        let rope = self.rotations(positions)?;
+        let mut pass = Pass {
+            attend,
+            rope: rope.as_ref(),
+            dropout: 0.0,
+        };
+        let rows = rows.shallow_clone();
+        let (rows, taps) = self.run_layers(layer..self.blocks.len(), rows, &mut pass, taps)?;
+        let last = self.finish(&rows)?;
+        Ok(Hidden { last, taps })
+    }
+
+    /// What the first block reads: embeddings, brought to the width of the rows, plus
+    /// learned positions where the family has them; `[rows, dim]`.
+    ///
+    /// # Errors
+    /// When an id or a position lies outside its table.
+    pub fn input_rows(&self, input: &Input<'_>, positions: &[i64], dropout: f64) -> Result<Tensor> {
         let mut x = match input {
             Input::Ids(ids) => {
                 let x = self.embed.forward(ids)?;
@@ -142,21 +194,46 @@ impl Decoder {
         if dropout > 0.0 {
             x = x.f_dropout(dropout, true)?;
         }
-        let rope = match &self.config.positions {
+        Ok(x)
+    }
+
+    /// Rotations of rows at these positions; `None` for families with learned positions.
+    ///
+    /// # Errors
+    /// When the tables cannot be made.
+    pub fn rotations(&self, positions: &[i64]) -> Result<Option<RopeTables>> {
+        match &self.config.positions {
             PositionKind::Rotary(rope) => {
                 let positions: Vec<f32> = positions.iter().map(|&p| p as f32).collect();
-                Some(rope.tables(&[&positions], self.device)?)
+                Ok(Some(rope.tables(&[&positions], self.device)?))
             }
-            PositionKind::Learned { .. } => None,
-        };
-        let mut pass = Pass {
-            attend,
-            rope: rope.as_ref(),
-            dropout,
-        };
+            PositionKind::Learned { .. } => Ok(None),
+        }
+    }
+
+    /// Runs the blocks named by `layers`, in that order, over `rows` `[rows, dim]`: the loop
+    /// behind every forward. All of them are a plain forward, the first few an early exit,
+    /// the last few a continuation, any others a network with layers left out. Gives the
+    /// rows, not yet normed, and those after the layers in `taps`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a layer that does not exist or a tap that does not run; when
+    /// shapes do not fit.
+    pub fn run_layers(
+        &self,
+        layers: impl IntoIterator<Item = usize>,
+        rows: Tensor,
+        pass: &mut Pass<'_>,
+        taps: &[usize],
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        let mut x = rows;
         let mut kept: Vec<Option<Tensor>> = taps.iter().map(|_| None).collect();
-        for (layer, block) in self.blocks.iter().enumerate() {
-            x = block.forward(&x, layer, &mut pass)?;
+        for layer in layers {
+            let block = self.blocks.get(layer).ok_or_else(|| {
+                let n = self.blocks.len();
+                Error::Input(format!("layer {layer} of a network of {n} layers"))
+            })?;
+            x = block.forward(&x, layer, pass)?;
             for (_, keep) in taps.iter().zip(&mut kept).filter(|(tap, _)| **tap == layer) {
                 *keep = Some(x.shallow_clone());
             }
@@ -164,19 +241,35 @@ impl Decoder {
         let taps = kept.into_iter().collect::<Option<Vec<_>>>();
         let taps = taps.ok_or_else(|| {
             Error::Input(format!(
-                "a tap lies beyond the {} layers",
+                "a tap lies outside the layers that run (of {})",
                 self.blocks.len()
             ))
         })?;
+        Ok((x, taps))
+    }
+
+    /// The final norm, and the way back to the width of the embeddings where it differs:
+    /// from rows of any layer `[rows, dim]` to rows that [`logits`](Self::logits) takes.
+    ///
+    /// # Errors
+    /// When the width does not fit.
+    pub fn finish(&self, rows: &Tensor) -> Result<Tensor> {
         let last = match &self.norm {
-            Some(norm) => norm.forward(&x)?,
-            None => x,
+            Some(norm) => norm.forward(rows)?,
+            None => rows.shallow_clone(),
         };
-        let last = match &self.project {
-            Some((_, out)) => out.forward(&last)?,
-            None => last,
-        };
-        Ok(Hidden { last, taps })
+        match &self.project {
+            Some((_, out)) => out.forward(&last),
+            None => Ok(last),
+        }
+    }
+
+    /// All norms, layer by layer, the final one last.
+    pub(crate) fn norms(&self) -> impl Iterator<Item = &Norm> {
+        self.blocks
+            .iter()
+            .flat_map(Block::norms)
+            .chain(self.norm.as_ref())
     }
 
     /// The rows of the input embedding for `ids` (any shape, int64): `[.., embed_dim]` f32.

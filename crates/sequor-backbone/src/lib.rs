@@ -7,7 +7,11 @@ pub mod causal_lm;
 pub mod config;
 pub mod decoder;
 pub mod gguf;
+pub mod heads;
 pub mod keys;
+pub mod routers;
+pub mod subnetwork;
+pub mod transfer;
 
 #[cfg(test)]
 mod tests;
@@ -15,3 +19,4 @@ mod tests;
 pub use causal_lm::CausalLm;
 pub use config::{DecoderConfig, Family};
 pub use decoder::Decoder;
+pub use subnetwork::Subnetwork;

@@ -7,9 +7,9 @@ use sequor_sampling::{Layout, LogitRows, SequenceState, Step, TargetModel};
 use serde_json::{Value, json};
 use std::path::Path;
 
-const VOCAB: u32 = 40;
+pub(crate) const VOCAB: u32 = 40;
 
-fn configs() -> Vec<Value> {
+pub(crate) fn configs() -> Vec<Value> {
     let llama = |architecture: &str, more: Value| {
         let mut c = json!({"architectures": [architecture], "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 64, "head_dim": 6});
@@ -53,7 +53,7 @@ fn configs() -> Vec<Value> {
 }
 
 /// A random model whose logits differ clearly from row to row.
-fn model(config: &Value) -> CausalLm {
+pub(crate) fn model(config: &Value) -> CausalLm {
     let mut c = DecoderConfig::from_json(config).unwrap();
     c.init_std = 0.3;
     let params = ParamBuilder::init(11, Kind::Float, Device::Cpu);
@@ -65,7 +65,7 @@ fn model(config: &Value) -> CausalLm {
 }
 
 /// Logits of a run over all tokens at once, without state: `[tokens][vocab]`.
-fn dense(m: &CausalLm, tokens: &[u32]) -> Vec<Vec<f32>> {
+pub(crate) fn dense(m: &CausalLm, tokens: &[u32]) -> Vec<Vec<f32>> {
     let _no_grad = tch::no_grad_guard();
     let ids: Vec<i64> = tokens.iter().map(|&t| i64::from(t)).collect();
     let y = m
@@ -77,7 +77,7 @@ fn dense(m: &CausalLm, tokens: &[u32]) -> Vec<Vec<f32>> {
         .collect()
 }
 
-fn step<'a>(slot: usize, tokens: &'a [u32], layout: Layout<'a>) -> Step<'a> {
+pub(crate) fn step<'a>(slot: usize, tokens: &'a [u32], layout: Layout<'a>) -> Step<'a> {
     Step {
         slot,
         tokens,
@@ -88,7 +88,12 @@ fn step<'a>(slot: usize, tokens: &'a [u32], layout: Layout<'a>) -> Step<'a> {
 }
 
 /// Feeds tokens as a chain and commits them all.
-fn feed(m: &CausalLm, state: &mut KvCache, slot: usize, tokens: &[u32]) -> Vec<Vec<f32>> {
+pub(crate) fn feed<M: TargetModel<State = KvCache>>(
+    m: &M,
+    state: &mut KvCache,
+    slot: usize,
+    tokens: &[u32],
+) -> Vec<Vec<f32>> {
     let out = m
         .forward(&[step(slot, tokens, Layout::Chain)], state)
         .unwrap();
@@ -98,7 +103,7 @@ fn feed(m: &CausalLm, state: &mut KvCache, slot: usize, tokens: &[u32]) -> Vec<V
         .collect()
 }
 
-fn assert_close(a: &[f32], b: &[f32], what: &str) {
+pub(crate) fn assert_close(a: &[f32], b: &[f32], what: &str) {
     let worst = a
         .iter()
         .zip(b)
@@ -110,7 +115,7 @@ fn assert_close(a: &[f32], b: &[f32], what: &str) {
     );
 }
 
-fn text(n: u32) -> Vec<u32> {
+pub(crate) fn text(n: u32) -> Vec<u32> {
     (0..n).map(|i| (i * i + 3 * i + 1) % VOCAB).collect()
 }
 
@@ -290,4 +295,31 @@ fn the_cost_of_rows_is_measured_once() {
     let first = m.measure_cost().unwrap();
     assert_eq!(m.measure_cost().unwrap().seconds(), first.seconds());
     assert_eq!(m.cost_curve().unwrap().rows(), [1, 2, 3, 4, 6, 8, 12, 16]);
+}
+
+#[test]
+fn a_fingerprint_is_of_sizes_and_norms() {
+    let c = DecoderConfig::from_json(&configs()[4]).unwrap();
+    let make = |c: &DecoderConfig, kind: Kind, seed: u64| {
+        let params = ParamBuilder::init(seed, kind, Device::Cpu);
+        let decoder = Decoder::new(&params, c).unwrap();
+        let m = CausalLm::new(decoder, Path::new("random"), DType::F32);
+        (m.fingerprint().unwrap(), m, params)
+    };
+    let (id, m, params) = make(&c, Kind::Float, 1);
+    assert_eq!(id.len(), 16);
+    assert_eq!(id, make(&c, Kind::BFloat16, 2).0, "matrices do not count");
+    let mut wider = c.clone();
+    wider.hidden += 8;
+    assert_ne!(id, make(&wider, Kind::Float, 1).0);
+    for name in ["model.norm.weight", "model.layers.1.input_layernorm.weight"] {
+        let before = m.fingerprint().unwrap();
+        let norm = params
+            .params()
+            .into_iter()
+            .find(|p| p.name == name)
+            .unwrap();
+        let _ = tch::no_grad(|| norm.tensor.shallow_clone().fill_(0.5));
+        assert_ne!(before, m.fingerprint().unwrap(), "{name}");
+    }
 }

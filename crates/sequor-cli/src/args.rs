@@ -30,12 +30,18 @@ pub enum Command {
     /// Measure speed on this machine
     #[command(subcommand)]
     Bench(Bench),
+    /// Find out whether a speculation method is lossless on your models
+    Verify(Verify),
     /// Train a model from a recipe
     #[command(subcommand)]
     Train(Train),
     /// Measure the quality of a model
     #[command(subcommand)]
     Eval(Eval),
+    /// Measure what a system's paper claims; writes docs/results/NN.json, NN.csv and NN.png
+    Reproduce(Reproduce),
+    /// The 51 systems, and what their proofs found
+    Systems(Systems),
     /// Models that can be used by name
     Models(Catalog),
     /// Data sets that can be used by name
@@ -108,12 +114,29 @@ pub struct SamplingArgs {
 /// Speculative decoding.
 #[derive(Debug, Args, Clone)]
 pub struct SpeculateArgs {
-    /// off, auto, prompt-lookup, or draft=MODEL
+    /// off, auto, prompt-lookup, trigram, jacobi, lookahead, early-exit[=LAYERS],
+    /// draft=MODEL, medusa, hydra, hydra++, eagle or hidden-transfer
     #[arg(long, default_value = "off", value_name = "METHOD")]
     pub speculate: String,
     /// Tokens drafted per round: a number, or adaptive
     #[arg(long, default_value = "adaptive", value_name = "N|adaptive")]
     pub draft_depth: String,
+    /// Shape of the drafts of heads: default, chain, static or dynamic
+    #[arg(long, default_value = "default", value_name = "SHAPE")]
+    pub topology: String,
+    /// Nodes of a draft tree [default: as many as pay]
+    #[arg(long, value_name = "N")]
+    pub tree_nodes: Option<usize>,
+    /// When a draft is accepted: lossless; or, changing the text's distribution, typical,
+    /// lantern, tolerance[=R] or synthetic=RATE
+    #[arg(long, default_value = "lossless", value_name = "RULE")]
+    pub acceptance: String,
+    /// Folder of draft heads or routers [default: found by the model's fingerprint]
+    #[arg(long, value_name = "DIR")]
+    pub heads: Option<PathBuf>,
+    /// Layers that run: all; or, as another model, router or even=N
+    #[arg(long, default_value = "all", value_name = "LAYERS")]
+    pub layers: String,
 }
 
 #[derive(Debug, Args)]
@@ -183,6 +206,84 @@ pub struct Forward {
 pub enum Bench {
     /// Decoding speed per number format, with the fraction of memory bandwidth reached
     Decode(BenchDecode),
+    /// Speculation methods against kinds of task: tokens per target call and speed
+    Speculate(BenchSpeculate),
+}
+
+#[derive(Debug, Args)]
+pub struct BenchSpeculate {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Methods as for --speculate, a shape behind a slash (medusa/chain); or all: those that
+    /// need nothing, and all heads that are there
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "all",
+        value_name = "LIST"
+    )]
+    pub methods: Vec<String>,
+    /// Prompts (Spec-Bench's question.jsonl or lines like it) [default: Spec-Bench where it is
+    /// found, else the bundled ones]
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Prompts per kind of task
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    pub per_kind: usize,
+    /// Tokens generated per prompt
+    #[arg(long, default_value_t = 96, value_name = "N")]
+    pub tokens: usize,
+    /// Nodes of draft trees [default: as many as pay]
+    #[arg(long, value_name = "N")]
+    pub tree_nodes: Option<usize>,
+    /// Randomness: 0 takes the best token each time
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    pub temperature: f64,
+    /// End standard output with one line of JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Verify {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The method, as for --speculate of generate
+    #[arg(long, value_name = "METHOD")]
+    pub method: String,
+    /// A draft model, for --method draft
+    #[arg(long, value_name = "MODEL")]
+    pub draft: Option<String>,
+    /// Folder of draft heads [default: found by the model's fingerprint]
+    #[arg(long, value_name = "DIR")]
+    pub heads: Option<PathBuf>,
+    /// Shape of the drafts of heads: default, chain, static or dynamic
+    #[arg(long, default_value = "default", value_name = "SHAPE")]
+    pub topology: String,
+    /// Tokens drafted per round: a number, or adaptive
+    #[arg(long, default_value = "adaptive", value_name = "N|adaptive")]
+    pub draft_depth: String,
+    /// Nodes of a draft tree [default: as many as pay]
+    #[arg(long, value_name = "N")]
+    pub tree_nodes: Option<usize>,
+    /// When a draft is accepted: lossless, or a lossy rule, which the test should find out
+    #[arg(long, default_value = "lossless", value_name = "RULE")]
+    pub acceptance: String,
+    /// Prompts of the greedy test, at most 16
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    pub prompts: usize,
+    /// Tokens per prompt
+    #[arg(long, default_value_t = 48, value_name = "N")]
+    pub tokens: usize,
+    /// Continuations drawn per prompt of the sampled test; 0 leaves it out
+    #[arg(long, default_value_t = 300, value_name = "N")]
+    pub draws: usize,
+    /// Tokens left to choose from in the sampled test, 2 to 6
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    pub choices: usize,
+    /// End standard output with one line of JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -219,6 +320,72 @@ pub struct BenchDecode {
 pub enum Train {
     /// A language model
     Lm(TrainLm),
+    /// A corpus of a model's own generations, which draft heads learn from
+    Corpus(TrainCorpus),
+    /// Draft heads for a model, from its own generations: faster text, the same text
+    Heads(TrainHeads),
+}
+
+#[derive(Debug, Args)]
+pub struct TrainHeads {
+    /// medusa, hydra, hydra++, eagle, hidden-transfer or router
+    #[arg(long, value_name = "KIND")]
+    pub kind: String,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Folder of the corpus; one that is not there is made first [default: heads/MODEL/corpus]
+    #[arg(long, value_name = "DIR")]
+    pub corpus: Option<PathBuf>,
+    /// Folder to write [default: heads/MODEL/KIND]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Updates [default: the kind's]
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// As many updates as fit into this many minutes here
+    #[arg(
+        long,
+        value_name = "M",
+        conflicts_with = "steps",
+        allow_negative_numbers = true
+    )]
+    pub minutes: Option<f64>,
+    /// Highest learning rate [default: the kind's]
+    #[arg(long, value_name = "RATE")]
+    pub learning_rate: Option<f64>,
+    /// Drafted vocabulary, the most frequent tokens of the model's own text (0: all)
+    #[arg(long, default_value_t = 6144, value_name = "N")]
+    pub draft_vocab: usize,
+    /// Seed of all random numbers
+    #[arg(long, default_value_t = 0, value_name = "SEED")]
+    pub seed: u64,
+    /// Begin again: checkpoints of an earlier run are removed
+    #[arg(long)]
+    pub restart: bool,
+    /// Seconds between checkpoints
+    #[arg(long, default_value_t = 120, value_name = "SECONDS")]
+    pub save_every: u64,
+    /// Leave the checkpoints in the folder when training is done
+    #[arg(long)]
+    pub keep_checkpoints: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct TrainCorpus {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Folder of the corpus; a part that is there already is kept
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Tokens in all, at least
+    #[arg(long, default_value_t = 400_000, value_name = "N")]
+    pub tokens: usize,
+    /// Most tokens of an answer
+    #[arg(long, default_value_t = 224, value_name = "N")]
+    pub answer: usize,
+    /// Seed of all random numbers
+    #[arg(long, default_value_t = 1, value_name = "SEED")]
+    pub seed: u64,
 }
 
 #[derive(Debug, Args)]
@@ -269,6 +436,57 @@ pub struct EvalPerplexity {
     /// End standard output with one line of JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Reproduce {
+    /// Number of the system (see `sequor systems`)
+    #[arg(value_name = "NN")]
+    pub system: u32,
+    /// Few prompts and short answers: a minute or two, with preliminary verdicts
+    #[arg(long)]
+    pub quick: bool,
+    /// Train the heads that are needed first, into heads/ below the folder of the results
+    #[arg(long)]
+    pub train: bool,
+    /// Folder of the results
+    #[arg(long, default_value = "docs/results", value_name = "DIR")]
+    pub out: PathBuf,
+    /// Prompts, one JSON object per line [default: Spec-Bench where it is found, else the
+    /// bundled ones]
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Model folder, GGUF file, or a name of `sequor models list`
+    #[arg(long, default_value = "smollm2", value_name = "MODEL")]
+    pub model: String,
+    /// Number format of the arms that are timed: bf16, f16 or f32
+    #[arg(long, default_value = "bf16", value_name = "DTYPE")]
+    pub dtype: String,
+    /// Threads for arithmetic [default: the machine's cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Never use the network
+    #[arg(long)]
+    pub offline: bool,
+    /// End standard output with one line of JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Systems {
+    /// Print a Markdown table, as in the README
+    #[arg(long, conflicts_with = "json")]
+    pub markdown: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Put the Markdown table between the marker comments of this file
+    #[arg(long, value_name = "FILE")]
+    pub update: Option<PathBuf>,
+    /// Folder of the results [default: docs/results of the checkout]
+    #[arg(long, value_name = "DIR")]
+    pub results: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -369,6 +369,25 @@ impl Resolver {
         listed
     }
 
+    /// The folders beside the models that hold a file called `file` (`heads.json`, say), in
+    /// the order that models are searched, then by name.
+    pub fn model_folders_with(&self, file: &str) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        for (dir, _) in self.places(Kind::Model) {
+            let Ok(entries) = fs::read_dir(&dir) else {
+                continue;
+            };
+            let mut here: Vec<PathBuf> = entries
+                .flatten()
+                .map(|entry| entry.path())
+                .filter(|path| path.join(file).is_file())
+                .collect();
+            here.sort();
+            found.extend(here);
+        }
+        found
+    }
+
     /// The folders that may hold a folder `NAME`, in the order they are searched.
     fn places(&self, kind: Kind) -> Vec<(PathBuf, Found)> {
         let env = match kind {

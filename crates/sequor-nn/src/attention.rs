@@ -140,6 +140,37 @@ impl Attend for Dense {
     }
 }
 
+/// Attention of `q` `[rows, heads, head_dim]` over `keys` and `values`
+/// `[kv_heads, columns, head_dim]` of one sequence, under an additive mask
+/// `[rows, columns]` or a causal one; gives `[rows, heads * head_dim]`.
+///
+/// # Errors
+/// When shapes do not fit.
+pub fn over(
+    q: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    mask: Option<&Tensor>,
+    causal: bool,
+    call: Call,
+) -> Result<Tensor> {
+    let rows = q.size().first().copied().unwrap_or(0);
+    let out = Tensor::f_scaled_dot_product_attention(
+        &q.f_transpose(0, 1)?.f_unsqueeze(0)?,
+        &keys.f_unsqueeze(0)?,
+        &values.f_unsqueeze(0)?,
+        mask,
+        0.0,
+        causal,
+        call.scale,
+        q.size().get(1) != keys.size().first(),
+    )?;
+    Ok(out
+        .f_squeeze_dim(0)?
+        .f_transpose(0, 1)?
+        .f_reshape([rows, -1])?)
+}
+
 /// Rows of several slots of a [`KvCache`], one span after the other.
 #[derive(Debug)]
 pub struct Cached<'a> {
@@ -162,6 +193,11 @@ impl<'a> Cached<'a> {
             spans,
             masks: Vec::new(),
         }
+    }
+
+    /// The cache, for rows of other kinds that join these in a layer.
+    pub fn cache(&mut self) -> &mut KvCache {
+        self.cache
     }
 
     fn mask(&mut self, span: usize, slot: usize, window: Option<i64>) -> Result<Option<Tensor>> {
@@ -198,21 +234,14 @@ impl Attend for Cached<'_> {
             } else {
                 self.mask(span, slot, call.window)?
             };
-            let out = Tensor::f_scaled_dot_product_attention(
-                &part(q)?.f_transpose(0, 1)?.f_unsqueeze(0)?,
-                &keys.f_unsqueeze(0)?,
-                &values.f_unsqueeze(0)?,
+            outs.push(over(
+                &part(q)?,
+                &keys,
+                &values,
                 mask.as_ref(),
-                0.0,
                 causal,
-                call.scale,
-                q.size().get(1) != k.size().get(1),
-            )?;
-            outs.push(
-                out.f_squeeze_dim(0)?
-                    .f_transpose(0, 1)?
-                    .f_reshape([rows, -1])?,
-            );
+                call,
+            )?);
             start += rows;
         }
         match &outs[..] {
@@ -323,6 +352,11 @@ impl SelfAttention {
             scale: self.scale,
         };
         self.out.forward(&attend.attend(call, &q, &k, &v)?)
+    }
+
+    /// The norms of queries and keys, where it has them.
+    pub fn norms(&self) -> impl Iterator<Item = &Norm> {
+        self.norms.iter().flat_map(|(q, k)| [q, k])
     }
 
     /// Bytes of weights that one pass reads.

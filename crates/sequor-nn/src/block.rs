@@ -147,6 +147,12 @@ impl Block {
         }
     }
 
+    /// Its norms: before attention, before the feed-forward part, then those of queries and
+    /// keys where it has them.
+    pub fn norms(&self) -> impl Iterator<Item = &Norm> {
+        self.norms.iter().chain(self.attention.norms())
+    }
+
     /// Bytes of weights that one row's pass reads.
     pub fn bytes(&self) -> usize {
         let ffn = match &self.ffn {

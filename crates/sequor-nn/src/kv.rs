@@ -5,6 +5,9 @@
 //! [`KvCache::discard`] drops them all. Rows are kept per layer: a layer that a
 //! forward did not run (early exit, routing) simply has no rows for it.
 //!
+//! A layer may also be lent *scratch* rows ([`KvCache::append_scratch`]): guesses at later
+//! rows, seen by each other within the same forward and never part of the sequence.
+//!
 //! Storage is f32 `[kv_heads, capacity, head_dim]` per slot and layer, written in
 //! place and grown by chunks, so that memory follows the text and not the limit.
 
@@ -37,6 +40,19 @@ struct Layer {
     committed: usize,
     /// The step's nodes that have a row here, in the order of their rows.
     pending: Vec<usize>,
+    /// Rows behind the pending ones that will never be committed.
+    scratch: usize,
+}
+
+/// A row that guesses at what follows a pending row. It sees the committed rows, its node
+/// with the ancestors of that, the scratch rows of the same node with smaller offsets, and
+/// itself; no other row sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scratch {
+    /// The pending row that it hangs on.
+    pub node: usize,
+    /// How many positions behind that row it stands, at least 1.
+    pub offset: usize,
 }
 
 #[derive(Debug)]
@@ -81,6 +97,7 @@ impl KvCache {
                 capacity: 0,
                 committed: 0,
                 pending: Vec::new(),
+                scratch: 0,
             })
         };
         let layers = (0..shape.layers).map(|_| layer()).collect::<Result<_>>()?;
@@ -187,30 +204,39 @@ impl KvCache {
         let shape = self.shape;
         let s = self.slot_mut(slot)?;
         let rows = s.parents.len();
-        let layers = s.layers.len();
-        let l = s.layers.get_mut(layer).ok_or_else(|| {
-            Error::Input(format!("layer {layer} of a state with {layers} layers"))
-        })?;
-        if k.size() != [rows as i64, shape.kv_heads, shape.head_dim] || v.size() != k.size() {
-            return Err(Error::Input(format!(
-                "layer {layer}: keys of shape {:?} where {rows} rows of {} heads x {} were announced",
-                k.size(),
-                shape.kv_heads,
-                shape.head_dim
-            )));
-        }
-        l.grow(l.committed + rows, &shape)?;
-        let at = l.committed as i64;
-        for (store, new) in [(&l.k, k), (&l.v, v)] {
-            store
-                .f_narrow(1, at, rows as i64)?
-                .f_copy_(&new.f_transpose(0, 1)?)?;
-        }
-        l.pending = (0..rows).collect();
+        let l = s.layer_mut(layer)?;
+        let at = l.committed;
+        l.write(at, rows, k, v, &shape)
+            .map_err(|e| in_layer(e, layer))?;
+        (l.pending, l.scratch) = ((0..rows).collect(), 0);
         Ok(())
     }
 
-    /// Keys and values of one layer, committed then pending: `[kv_heads, rows, head_dim]` each.
+    /// Writes keys and values (`[rows, kv_heads, head_dim]`) of scratch rows of one layer,
+    /// behind its pending rows, until the next [`append`](Self::append),
+    /// [`commit`](Self::commit) or [`discard`](Self::discard). Who sees them is said by
+    /// [`scratch_mask`](Self::scratch_mask).
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the shapes do not fit.
+    pub fn append_scratch(
+        &mut self,
+        slot: usize,
+        layer: usize,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<()> {
+        let shape = self.shape;
+        let l = self.slot_mut(slot)?.layer_mut(layer)?;
+        let rows = k.size().first().copied().unwrap_or(0) as usize;
+        l.write(l.committed + l.pending.len(), rows, k, v, &shape)
+            .map_err(|e| in_layer(e, layer))?;
+        l.scratch = rows;
+        Ok(())
+    }
+
+    /// Keys and values of one layer, committed, then pending, then scratch rows:
+    /// `[kv_heads, rows, head_dim]` each.
     ///
     /// # Errors
     /// [`Error::Input`] for a slot or layer that does not exist.
@@ -220,7 +246,7 @@ impl KvCache {
             .layers
             .get(layer)
             .ok_or_else(|| Error::Input(format!("no layer {layer} in this state")))?;
-        let rows = (l.committed + l.pending.len()) as i64;
+        let rows = (l.committed + l.pending.len() + l.scratch) as i64;
         Ok((l.k.f_narrow(1, 0, rows)?, l.v.f_narrow(1, 0, rows)?))
     }
 
@@ -237,13 +263,7 @@ impl KvCache {
         if rows <= 1 && !oldest_hidden {
             return Ok(None);
         }
-        let mut ancestors = vec![false; rows * rows];
-        for (i, parent) in s.parents.iter().enumerate() {
-            if let Some(p) = *parent {
-                ancestors.copy_within(p * rows..(p + 1) * rows, i * rows);
-            }
-            ancestors[i * rows + i] = true;
-        }
+        let ancestors = s.ancestors();
         let positions = &s.positions;
         let allowed = |i: usize, j: usize| {
             let seen = j < committed || ancestors[i * rows + (j - committed)];
@@ -255,6 +275,54 @@ impl KvCache {
             self.shape.device,
             allowed,
         )?))
+    }
+
+    /// The additive mask `[scratch, committed + pending + scratch]` of scratch rows, in the
+    /// order of [`append_scratch`](Self::append_scratch); see [`Scratch`] for the rule. `window`
+    /// as in [`mask`](Self::mask).
+    ///
+    /// # Errors
+    /// [`Error::Input`] when a row hangs on a node that does not exist; [`Error::Limits`] when
+    /// the mask would be too large.
+    pub fn scratch_mask(
+        &self,
+        slot: usize,
+        scratch: &[Scratch],
+        window: Option<i64>,
+    ) -> Result<Tensor> {
+        let s = self.slot(slot)?;
+        let (pending, committed) = (s.parents.len(), s.committed);
+        if let Some(bad) = scratch.iter().find(|r| r.node >= pending) {
+            return Err(Error::Input(format!(
+                "a scratch row hangs on row {} of {pending} pending rows",
+                bad.node
+            )));
+        }
+        let ancestors = s.ancestors();
+        let place = |r: &Scratch| s.positions[committed + r.node] + r.offset as i64;
+        let places: Vec<i64> = scratch.iter().map(place).collect();
+        let allowed = |i: usize, j: usize| {
+            let (row, known) = (scratch[i], committed + pending);
+            let (seen, position) = if j < committed {
+                (true, s.positions[j])
+            } else if j < known {
+                (
+                    ancestors[row.node * pending + (j - committed)],
+                    s.positions[j],
+                )
+            } else {
+                let other = scratch[j - known];
+                let seen = other.node == row.node && other.offset <= row.offset;
+                (seen, places[j - known])
+            };
+            seen && window.is_none_or(|w| places[i] - position < w)
+        };
+        crate::mask::additive(
+            scratch.len(),
+            committed + pending + scratch.len(),
+            self.shape.device,
+            allowed,
+        )
     }
 
     /// Are the pending rows a plain chain?
@@ -348,7 +416,7 @@ impl KvCache {
         let s = self.slot_mut(slot)?;
         (s.committed, s.positions, s.parents) = (0, Vec::new(), Vec::new());
         for l in &mut s.layers {
-            (l.committed, l.pending) = (0, Vec::new());
+            (l.committed, l.pending, l.scratch) = (0, Vec::new(), 0);
         }
         Ok(())
     }
@@ -365,7 +433,7 @@ impl KvCache {
         copy.committed = source.committed;
         copy.positions = source.positions[..source.committed].to_vec();
         for (new, old) in copy.layers.iter_mut().zip(&source.layers) {
-            new.grow(old.committed, &shape)?;
+            new.grow(old.committed, 0, &shape)?;
             new.committed = old.committed;
             let n = old.committed as i64;
             new.k
@@ -380,14 +448,71 @@ impl KvCache {
     }
 }
 
+/// Names the layer in what a caller got wrong.
+fn in_layer(e: Error, layer: usize) -> Error {
+    match e {
+        Error::Input(what) => Error::Input(format!("layer {layer}: {what}")),
+        other => other,
+    }
+}
+
+impl Slot {
+    fn layer_mut(&mut self, layer: usize) -> Result<&mut Layer> {
+        let layers = self.layers.len();
+        self.layers
+            .get_mut(layer)
+            .ok_or_else(|| Error::Input(format!("layer {layer} of a state with {layers} layers")))
+    }
+
+    /// `[i * rows + j]`: is pending row `j` an ancestor of row `i`, or row `i` itself?
+    fn ancestors(&self) -> Vec<bool> {
+        let rows = self.parents.len();
+        let mut ancestors = vec![false; rows * rows];
+        for (i, parent) in self.parents.iter().enumerate() {
+            if let Some(p) = *parent {
+                ancestors.copy_within(p * rows..(p + 1) * rows, i * rows);
+            }
+            ancestors[i * rows + i] = true;
+        }
+        ancestors
+    }
+}
+
 impl Layer {
-    fn grow(&mut self, rows: usize, shape: &KvShape) -> Result<()> {
+    /// Writes `rows` rows from row `at` on.
+    fn write(
+        &mut self,
+        at: usize,
+        rows: usize,
+        k: &Tensor,
+        v: &Tensor,
+        shape: &KvShape,
+    ) -> Result<()> {
+        if k.size() != [rows as i64, shape.kv_heads, shape.head_dim] || v.size() != k.size() {
+            return Err(Error::Input(format!(
+                "keys of shape {:?} where {rows} rows of {} heads x {} were announced",
+                k.size(),
+                shape.kv_heads,
+                shape.head_dim
+            )));
+        }
+        self.grow(at + rows, at, shape)?;
+        for (store, new) in [(&self.k, k), (&self.v, v)] {
+            store
+                .f_narrow(1, at as i64, rows as i64)?
+                .f_copy_(&new.f_transpose(0, 1)?)?;
+        }
+        Ok(())
+    }
+
+    /// Makes room for `rows` rows and keeps the first `keep`.
+    fn grow(&mut self, rows: usize, keep: usize, shape: &KvShape) -> Result<()> {
         if rows <= self.capacity {
             return Ok(());
         }
         // By chunks at first, then by halves, so that long texts copy rarely.
         let capacity = rows.max(self.capacity + self.capacity / 2).div_ceil(CHUNK) * CHUNK;
-        let keep = self.committed as i64;
+        let keep = keep as i64;
         for store in [&mut self.k, &mut self.v] {
             let larger = Tensor::f_zeros(
                 [shape.kv_heads, capacity as i64, shape.head_dim],
@@ -404,6 +529,7 @@ impl Layer {
 
     fn commit(&mut self, path: &[usize], device: Device) -> Result<()> {
         let pending = std::mem::take(&mut self.pending);
+        self.scratch = 0;
         let rows: Vec<i64> = path
             .iter()
             .filter_map(|n| pending.iter().position(|p| p == n))
@@ -524,6 +650,73 @@ mod tests {
         feed(&mut c, 0, &[None, Some(0)], &[1.0, 2.0], &[0]);
         c.commit(0, &[0]).unwrap();
         assert_eq!((keys(&c, 0, 0).len(), keys(&c, 0, 1).len()), (1, 0));
+    }
+
+    #[test]
+    fn scratch_rows_are_seen_by_their_own_kind_and_never_kept() {
+        let mut c = cache();
+        feed(&mut c, 0, &[None, Some(0)], &[1.0, 2.0], &[0, 1]);
+        c.commit(0, &[0, 1]).unwrap();
+        // A root with two children; two scratch rows for each node, by offset.
+        feed(
+            &mut c,
+            0,
+            &[None, Some(0), Some(0)],
+            &[3.0, 4.0, 5.0],
+            &[0, 1],
+        );
+        let scratch: Vec<Scratch> = [1, 2]
+            .into_iter()
+            .flat_map(|offset| (0..3).map(move |node| Scratch { node, offset }))
+            .collect();
+        let k = Tensor::from_slice(&[-1.0f32; 6]).reshape([6, 1, 1]);
+        c.append_scratch(0, 1, &k, &k).unwrap();
+        assert_eq!((keys(&c, 0, 0).len(), keys(&c, 0, 1).len()), (5, 11));
+        let visible = |c: &KvCache, window: Option<i64>| -> Vec<Vec<i64>> {
+            let m = c.scratch_mask(0, &scratch, window).unwrap();
+            assert_eq!(m.size(), [6, 11]);
+            let row = |i: i64| {
+                (0..11)
+                    .filter(|&j| m.double_value(&[i, j]) == 0.0)
+                    .collect()
+            };
+            (0..6).map(row).collect()
+        };
+        // Columns: two committed rows, three nodes, offset 1 of each, offset 2 of each.
+        let all = vec![
+            vec![0, 1, 2, 5],
+            vec![0, 1, 2, 3, 6],
+            vec![0, 1, 2, 4, 7],
+            vec![0, 1, 2, 5, 8],
+            vec![0, 1, 2, 3, 6, 9],
+            vec![0, 1, 2, 4, 7, 10],
+        ];
+        assert_eq!(visible(&c, None), all);
+        // Positions 0, 1 | 2, 3, 3 | 3, 4, 4 | 4, 5, 5: a window of three hides what lies behind.
+        let near = vec![
+            vec![1, 2, 5],
+            vec![2, 3, 6],
+            vec![2, 4, 7],
+            vec![2, 5, 8],
+            vec![3, 6, 9],
+            vec![4, 7, 10],
+        ];
+        assert_eq!(visible(&c, Some(3)), near);
+        let lost = Scratch { node: 3, offset: 1 };
+        assert!(c.scratch_mask(0, &[lost], None).is_err());
+        c.commit(0, &[0, 2]).unwrap();
+        for layer in [0, 1] {
+            assert_eq!(keys(&c, 0, layer), [1.0, 2.0, 3.0, 5.0]);
+        }
+        // Room for scratch rows is made without losing the pending ones.
+        let chain: Vec<Option<usize>> = (0..250usize).map(|i| i.checked_sub(1)).collect();
+        feed(&mut c, 0, &chain, &[7.0; 250], &[0, 1]);
+        let k = Tensor::from_slice(&[-1.0f32; 300]).reshape([300, 1, 1]);
+        c.append_scratch(0, 0, &k, &k).unwrap();
+        assert_eq!(keys(&c, 0, 0)[3..5], [5.0, 7.0]);
+        assert_eq!(keys(&c, 0, 0)[253..255], [7.0, -1.0]);
+        c.discard(0).unwrap();
+        assert_eq!(keys(&c, 0, 0), [1.0, 2.0, 3.0, 5.0]);
     }
 
     #[test]

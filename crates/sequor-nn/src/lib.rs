@@ -11,6 +11,7 @@ mod error;
 pub mod ffn;
 pub mod kv;
 pub mod linear;
+pub mod lora;
 pub mod mask;
 pub mod norm;
 pub mod params;

@@ -1,5 +1,6 @@
 //! Linear layers: `y = x W^T + b`.
 
+use crate::lora::Lora;
 use crate::{Error, Init, ParamBuilder, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -30,10 +31,27 @@ pub struct Linear {
     bias: Option<Tensor>,
     input: i64,
     output: i64,
+    /// Low-rank updates, each with the first of the outputs that it changes.
+    updates: Vec<(i64, Lora)>,
+    /// The weight without the updates, while they are merged into `storage`.
+    unmerged: Option<Storage>,
 }
 
 impl Linear {
-    /// Parameters `weight` `[output, input]`, and `bias` `[output]` when asked for.
+    fn plain(storage: Storage, bias: Option<Tensor>, input: i64, output: i64) -> Self {
+        Self {
+            storage,
+            bias,
+            input,
+            output,
+            updates: Vec::new(),
+            unmerged: None,
+        }
+    }
+
+    /// Parameters `weight` `[output, input]`, and `bias` `[output]` when asked for; the
+    /// pair of a low-rank update where the builder adapts this layer
+    /// ([`ParamBuilder::with_lora`]).
     ///
     /// # Errors
     /// When a weight file cannot be read.
@@ -44,12 +62,11 @@ impl Linear {
         } else {
             None
         };
-        Ok(Self {
-            storage: Storage::Dense(weight),
-            bias,
-            input,
-            output,
-        })
+        let mut layer = Self::plain(Storage::Dense(weight), bias, input, output);
+        if let Some(update) = p.lora(input, output)? {
+            layer.updates.push((0, update));
+        }
+        Ok(layer)
     }
 
     /// A layer over an existing matrix `[output, input]`, such as a tied embedding.
@@ -63,12 +80,7 @@ impl Linear {
                 "a linear layer needs a matrix, and this tensor is {size:?}"
             )));
         };
-        Ok(Self {
-            storage: Storage::Dense(weight),
-            bias: None,
-            input,
-            output,
-        })
+        Ok(Self::plain(Storage::Dense(weight), None, input, output))
     }
 
     /// A layer over an existing matrix stored as `[input, output]`.
@@ -82,17 +94,18 @@ impl Linear {
                 "a linear layer needs a matrix, and this tensor is {size:?}"
             )));
         };
-        Ok(Self {
-            storage: Storage::Transposed(weight),
-            bias: None,
+        Ok(Self::plain(
+            Storage::Transposed(weight),
+            None,
             input,
             output,
-        })
+        ))
     }
 
     /// Several layers over the same input as one, outputs side by side: one pass
     /// over memory and one call instead of several. For inference only: the
-    /// joined matrix is a copy.
+    /// joined matrix is a copy. Attached low-rank updates keep acting on their part of the
+    /// outputs; merged ones become part of the weight.
     ///
     /// # Errors
     /// [`Error::Config`] when inputs differ or only some layers have a bias.
@@ -121,13 +134,18 @@ impl Linear {
         } else {
             Some(Tensor::f_cat(&biases, 0)?)
         };
+        let storage = Storage::Dense(Tensor::f_cat(&weights, 0)?);
         let output = parts.iter().map(|l| l.output).sum();
-        Ok(Self {
-            storage: Storage::Dense(Tensor::f_cat(&weights, 0)?),
-            bias,
-            input,
-            output,
-        })
+        let mut joined = Self::plain(storage, bias, input, output);
+        let mut start = 0;
+        for part in parts {
+            let attached = part.updates.iter().filter(|_| part.unmerged.is_none());
+            joined
+                .updates
+                .extend(attached.map(|(first, u)| (start + first, u.share())));
+            start += part.output;
+        }
+        Ok(joined)
     }
 
     /// Length of the input rows.
@@ -144,8 +162,14 @@ impl Linear {
     /// vocabulary. The rows are copied.
     ///
     /// # Errors
-    /// [`Error::Input`] when an output does not exist.
+    /// [`Error::Input`] when an output does not exist, or a low-rank update is attached and
+    /// not merged.
     pub fn select_outputs(&self, outputs: &[u32]) -> Result<Self> {
+        if !self.updates.is_empty() && self.unmerged.is_none() {
+            return Err(Error::Input(
+                "a layer with a low-rank update can be cut once the update is merged".into(),
+            ));
+        }
         if let Some(bad) = outputs.iter().find(|&&o| i64::from(o) >= self.output) {
             return Err(Error::Input(format!(
                 "output {bad} of a linear layer with {} outputs",
@@ -164,12 +188,99 @@ impl Linear {
             Some(b) => Some(b.f_index_select(0, &index)?),
             None => None,
         };
-        Ok(Self {
-            storage,
-            bias,
-            input: self.input,
-            output: outputs.len() as i64,
-        })
+        Ok(Self::plain(storage, bias, self.input, outputs.len() as i64))
+    }
+
+    /// Adds a low-rank update to the outputs from `first` on (0 for a layer of its own;
+    /// the place of a part in a joined one). Several updates add up.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the update does not fit, or others are merged.
+    pub fn attach(&mut self, first: i64, update: Lora) -> Result<()> {
+        let fits = first >= 0
+            && update.input() == self.input
+            && first
+                .checked_add(update.output())
+                .is_some_and(|end| end <= self.output);
+        if !fits {
+            return Err(Error::Input(format!(
+                "a low-rank update [{}, {}] from output {first} does not fit a layer [{}, {}]",
+                update.output(),
+                update.input(),
+                self.output,
+                self.input
+            )));
+        }
+        if self.unmerged.is_some() {
+            return Err(Error::Input(
+                "unmerge the updates before attaching another".into(),
+            ));
+        }
+        self.updates.push((first, update));
+        Ok(())
+    }
+
+    /// Puts the attached updates into the weight: the layer is as fast as without. The sum
+    /// is made in f32 and rounded once to the format of the weight; in bf16 a change below
+    /// 1/256 of an entry is lost. The old weight is kept for
+    /// [`unmerge`](Self::unmerge), so that a merged layer takes twice the memory
+    /// ([`LoraMerged`](crate::lora::LoraMerged) merges without).
+    ///
+    /// # Errors
+    /// When there is no memory for the sum.
+    pub fn merge(&mut self) -> Result<()> {
+        if self.updates.is_empty() || self.unmerged.is_some() {
+            return Ok(());
+        }
+        let _no_grad = tch::no_grad_guard();
+        let add = |w: &Tensor, outputs: i64, transposed: bool| -> Result<Tensor> {
+            let sum = w.f_detach()?.f_to_kind(Kind::Float)?;
+            let sum = if w.kind() == Kind::Float {
+                sum.f_detach_copy()?
+            } else {
+                sum
+            };
+            for (first, update) in &self.updates {
+                let delta = update.delta()?;
+                let delta = if transposed {
+                    delta.f_transpose(0, 1)?
+                } else {
+                    delta
+                };
+                let _ = sum
+                    .f_narrow(outputs, *first, update.output())?
+                    .f_add_(&delta)?;
+            }
+            Ok(sum.f_to_kind(w.kind())?)
+        };
+        let merged = match &self.storage {
+            Storage::Dense(w) => Storage::Dense(add(w, 0, false)?),
+            Storage::Transposed(w) => Storage::Transposed(add(w, 1, true)?),
+        };
+        self.unmerged = Some(std::mem::replace(&mut self.storage, merged));
+        Ok(())
+    }
+
+    /// Takes merged updates out again. The weight is the one from before, bit for bit, in
+    /// every format; the updates stay attached.
+    ///
+    /// # Errors
+    /// None at present.
+    pub fn unmerge(&mut self) -> Result<()> {
+        if let Some(weight) = self.unmerged.take() {
+            self.storage = weight;
+        }
+        Ok(())
+    }
+
+    /// Takes all updates off, unmerging them first.
+    ///
+    /// # Errors
+    /// As [`unmerge`](Self::unmerge).
+    pub fn detach(&mut self) -> Result<()> {
+        self.unmerge()?;
+        self.updates.clear();
+        Ok(())
     }
 
     /// Puts the weight into the order that suits this machine's kernels. For inference
@@ -194,7 +305,9 @@ impl Linear {
     /// Bytes of weights that one pass reads.
     pub fn bytes(&self) -> usize {
         let w = self.storage.tensor();
-        w.numel() * w.kind().elt_size_in_bytes()
+        let attached = self.updates.iter().filter(|_| self.unmerged.is_none());
+        let updates: usize = attached.map(|(_, u)| u.bytes()).sum();
+        w.numel() * w.kind().elt_size_in_bytes() + updates
     }
 
     /// `x`: `[.., input]` f32; gives `[.., output]` f32.
@@ -202,6 +315,22 @@ impl Linear {
     /// # Errors
     /// When the last dimension is not `input`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut y = self.product(x)?;
+        if self.unmerged.is_some() {
+            return Ok(y);
+        }
+        for (first, update) in &self.updates {
+            let change = update.forward(x)?;
+            if update.output() == self.output {
+                y = y.f_add(&change)?;
+            } else {
+                let _ = y.f_narrow(-1, *first, update.output())?.f_add_(&change)?;
+            }
+        }
+        Ok(y)
+    }
+
+    fn product(&self, x: &Tensor) -> Result<Tensor> {
         match &self.storage {
             Storage::Transposed(w) => {
                 let y = x.f_matmul(w)?;
@@ -252,6 +381,52 @@ impl Joined {
             parts
         };
         Ok(Self { parts, widths })
+    }
+
+    /// Adds a low-rank update to layer number `part`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when there is no such layer; as [`Linear::attach`].
+    pub fn attach(&mut self, part: usize, update: Lora) -> Result<()> {
+        let widths = &self.widths;
+        if widths.get(part) != Some(&update.output()) {
+            return Err(Error::Input(format!(
+                "a low-rank update of {} outputs for part {part} of layers with {widths:?} outputs",
+                update.output()
+            )));
+        }
+        let before = widths.iter().take(part).sum();
+        match &mut self.parts[..] {
+            [only] => only.attach(before, update),
+            parts => match parts.get_mut(part) {
+                Some(layer) => layer.attach(0, update),
+                None => Err(Error::Input(format!("there is no part {part}"))),
+            },
+        }
+    }
+
+    /// As [`Linear::merge`], for all layers.
+    ///
+    /// # Errors
+    /// As [`Linear::merge`].
+    pub fn merge(&mut self) -> Result<()> {
+        self.parts.iter_mut().try_for_each(Linear::merge)
+    }
+
+    /// As [`Linear::unmerge`], for all layers.
+    ///
+    /// # Errors
+    /// As [`Linear::unmerge`].
+    pub fn unmerge(&mut self) -> Result<()> {
+        self.parts.iter_mut().try_for_each(Linear::unmerge)
+    }
+
+    /// As [`Linear::detach`], for all layers.
+    ///
+    /// # Errors
+    /// As [`Linear::detach`].
+    pub fn detach(&mut self) -> Result<()> {
+        self.parts.iter_mut().try_for_each(Linear::detach)
     }
 
     /// Widths of the outputs, in order.

@@ -39,6 +39,11 @@ impl Norm {
         })
     }
 
+    /// The scale, `[dim]` f32.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
     /// `x`: `[.., dim]` f32; the same shape comes back.
     ///
     /// # Errors

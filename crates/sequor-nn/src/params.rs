@@ -6,6 +6,7 @@
 //! does not stop the construction; [`ParamBuilder::finish`] names all of them in
 //! one error, each with the nearest name the file does have.
 
+use crate::lora::{Lora, LoraConfig};
 use crate::weights::TensorSource;
 use crate::{Error, Result};
 use sequor_kernels::rng::{Key, Purpose};
@@ -150,6 +151,8 @@ struct Shared {
     mode: Mode,
     kind: Kind,
     device: Device,
+    /// Which linear layers get a trainable low-rank update, and the seed of its numbers.
+    lora: Option<(LoraConfig, u64)>,
     account: RefCell<Account>,
 }
 
@@ -167,6 +170,7 @@ impl ParamBuilder {
             mode,
             kind,
             device,
+            lora: None,
             account: RefCell::default(),
         };
         Self {
@@ -189,6 +193,54 @@ impl ParamBuilder {
     /// Trainable parameters that begin at a checkpoint's values.
     pub fn tune(source: Box<dyn TensorSource>, kind: Kind, device: Device) -> Self {
         Self::new(Some(source.into()), Mode::Train(0), kind, device)
+    }
+
+    /// A fresh builder over the same checkpoint that also puts a trainable low-rank update
+    /// on every linear layer that `config` names ([`crate::lora`]). The numbers depend on
+    /// `seed` and the name: `A` uniform within `1/sqrt(in)`, `B` zero, so that nothing
+    /// changes at first. On a builder made by [`load`](Self::load) the updates are the only
+    /// trainable parameters.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when `config` is out of range.
+    pub fn with_lora(self, config: LoraConfig, seed: u64) -> Result<Self> {
+        config.validate()?;
+        let s = &self.shared;
+        let shared = Shared {
+            source: s.source.clone(),
+            mode: s.mode,
+            kind: s.kind,
+            device: s.device,
+            lora: Some((config, seed)),
+            account: RefCell::default(),
+        };
+        Ok(Self {
+            shared: Rc::new(shared),
+            prefix: self.prefix,
+        })
+    }
+
+    /// The update of the linear layer that this builder stands at, if it is to have one.
+    pub(crate) fn lora(&self, input: i64, output: i64) -> Result<Option<Lora>> {
+        let s = &*self.shared;
+        let Some((config, seed)) = s.lora.as_ref().filter(|_| s.mode != Mode::DryRun) else {
+            return Ok(None);
+        };
+        if !config.targets(self.prefix.trim_end_matches('.')) {
+            return Ok(None);
+        }
+        let make = |name: &str, shape: [i64; 2], init: Init| -> Result<Tensor> {
+            let full = format!("{}{name}", self.prefix);
+            let value = draw(Key::new(*seed, name_hash(&full)), &shape, init)?;
+            let value = value.f_to_device(s.device)?.f_set_requires_grad(true)?;
+            let kept = (value.shallow_clone(), Role::Vector); // f32 in every model
+            s.account.borrow_mut().params.insert(full, kept);
+            Ok(value)
+        };
+        let law = Init::Uniform((input.max(1) as f64).sqrt().recip());
+        let a = make("lora_A.weight", [config.rank, input], law)?;
+        let b = make("lora_B.weight", [output, config.rank], Init::Zeros)?;
+        Ok(Some(Lora::new(a, b, config.scale(), config.dropout)?))
     }
 
     /// A builder over the same checkpoint that reads nothing and takes no memory:

@@ -338,6 +338,34 @@ pub struct RopeTables {
 }
 
 impl RopeTables {
+    /// The tables of several groups of rows, one after the other. Not the same as tables made
+    /// of all positions at once where frequencies depend on the longest sequence: each group
+    /// keeps its own.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when there is none or they come from different embeddings.
+    pub fn cat(parts: &[&Self]) -> Result<Self> {
+        let (dim, pairing) = match parts.first() {
+            Some(first) => (first.dim, first.pairing),
+            None => return Err(Error::Input("no rotary tables to join".into())),
+        };
+        if parts.iter().any(|p| p.dim != dim || p.pairing != pairing) {
+            return Err(Error::Input(
+                "rotary tables of different embeddings cannot be joined".into(),
+            ));
+        }
+        let cat = |f: fn(&Self) -> &Tensor| -> Result<Tensor> {
+            let all: Vec<&Tensor> = parts.iter().map(|p| f(p)).collect();
+            Ok(Tensor::f_cat(&all, 0)?)
+        };
+        Ok(Self {
+            cos: cat(|p| &p.cos)?,
+            sin: cat(|p| &p.sin)?,
+            dim,
+            pairing,
+        })
+    }
+
     /// Rotates `x`: `[rows, heads, head_dim]`; channels beyond the rotary ones pass through.
     ///
     /// # Errors

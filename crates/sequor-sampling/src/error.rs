@@ -1,6 +1,7 @@
 //! The error of this crate: one variant per reason.
 
 use std::fmt;
+use std::path::PathBuf;
 
 /// Result with [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -64,6 +65,14 @@ pub enum Error {
     /// The network below failed.
     #[error(transparent)]
     Model(#[from] sequor_nn::Error),
+    /// A file could not be read or written, or is damaged.
+    #[error("{path}: {reason}", path = path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: std::io::Error,
+    },
     /// Any other failure of a model or drafter that is implemented elsewhere.
     #[error("{0}")]
     Backend(String),
@@ -108,6 +117,14 @@ impl Error {
             option: option.into(),
             value: value.to_string(),
             expected: expected.into(),
+        }
+    }
+
+    /// An [`Error::File`].
+    pub fn file(path: impl Into<PathBuf>, reason: std::io::Error) -> Self {
+        Self::File {
+            path: path.into(),
+            reason,
         }
     }
 

@@ -22,14 +22,18 @@ mod tests;
 
 pub use config::{GenerationConfig, TokenIds};
 pub use distribution::{Categorical, Law};
-pub use draft::{DraftModel, Drafter, PromptLookup};
+pub use draft::{
+    DraftModel, Drafter, Expander, Jacobi, Lookahead, PromptLookup, StaticTree, Topology, Trigram,
+    grow,
+};
 pub use error::{Error, Result};
 pub use generate::{
-    DepthPolicy, Event, FinishReason, Generation, Generator, Options, Report, Request, Session,
-    generate_batch,
+    DepthPolicy, Event, FinishReason, Generation, Generator, Options, Report, Request, RowCost,
+    Session, generate_batch,
 };
 pub use processors::{LogitsProcessor, Processor, ProcessorList};
 pub use sequor_kernels::rng::{Key, Purpose, Stream};
 pub use state::SequenceState;
 pub use target::{Layout, LogitRows, Logits, Output, Step, TargetModel};
 pub use tree::{DraftTree, Proposal};
+pub use verify::{Acceptance, NeighbourTable, Neighbours};

@@ -179,6 +179,12 @@ impl<L: Law> DraftTree<L> {
             .all(|(i, &parent)| parent == i.checked_sub(1))
     }
 
+    /// Whether every unit was chosen without randomness.
+    #[must_use]
+    pub fn is_one_hot(&self) -> bool {
+        self.proposals.iter().all(|p| matches!(p, Proposal::OneHot))
+    }
+
     /// Depth of every node; children of the root have depth 0.
     #[must_use]
     pub fn depths(&self) -> Vec<usize> {

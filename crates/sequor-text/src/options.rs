@@ -3,6 +3,7 @@
 use crate::{Error, Result};
 use sequor_nn::Device;
 use sequor_nn::device::DType;
+use sequor_sampling::verify::Acceptance;
 use sequor_sampling::{DepthPolicy, GenerationConfig, Options};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -34,6 +35,43 @@ impl Default for LoadOptions {
     }
 }
 
+/// What draft heads there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HeadKind {
+    /// Heads on the last state, each guessing one offset (Medusa).
+    Medusa,
+    /// Heads that also read the tokens guessed before (Hydra).
+    Hydra,
+    /// Hydra with a layer over all states and deeper heads (Hydra++).
+    HydraPlus,
+    /// One layer that guesses states (EAGLE).
+    Eagle,
+    /// Guessed states that run through the upper layers (hidden transfer).
+    HiddenTransfer,
+}
+
+impl HeadKind {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Medusa,
+        Self::Hydra,
+        Self::HydraPlus,
+        Self::Eagle,
+        Self::HiddenTransfer,
+    ];
+
+    /// The name of the method, which is the kind in `heads.json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Medusa => "medusa",
+            Self::Hydra => "hydra",
+            Self::HydraPlus => "hydra++",
+            Self::Eagle => "eagle",
+            Self::HiddenTransfer => "hidden-transfer",
+        }
+    }
+}
+
 /// Where drafts come from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
@@ -45,15 +83,43 @@ pub enum Speculate {
     Auto,
     /// Copies what followed the last words earlier in the text.
     PromptLookup,
+    /// A table of what followed pairs of tokens, learnt as it goes, and a tree search in it
+    /// (ADED).
+    Trigram,
+    /// The target's own guesses of the pass before (Jacobi iteration).
+    Jacobi,
+    /// N-grams harvested from parallel Jacobi iterations (lookahead decoding).
+    Lookahead,
+    /// The first layers of the target; a third of them when no number is given.
+    EarlyExit(Option<usize>),
     /// A small model with the same vocabulary: a path or a name.
     Draft(String),
+    /// Heads trained for the target.
+    Heads(HeadKind),
 }
 
 impl Speculate {
+    /// The methods that need nothing but the target, for lists and messages.
+    pub const BARE: [&str; 5] = [
+        "prompt-lookup",
+        "trigram",
+        "jacobi",
+        "lookahead",
+        "early-exit",
+    ];
+
     /// The draft model that must be loaded, if any.
     pub fn draft_model(&self) -> Option<&str> {
         match self {
             Self::Draft(name) => Some(name),
+            _ => None,
+        }
+    }
+
+    /// The heads that must be loaded, if any.
+    pub fn heads(&self) -> Option<HeadKind> {
+        match self {
+            Self::Heads(kind) => Some(*kind),
             _ => None,
         }
     }
@@ -65,7 +131,13 @@ impl fmt::Display for Speculate {
             Self::Off => f.write_str("off"),
             Self::Auto => f.write_str("auto"),
             Self::PromptLookup => f.write_str("prompt-lookup"),
+            Self::Trigram => f.write_str("trigram"),
+            Self::Jacobi => f.write_str("jacobi"),
+            Self::Lookahead => f.write_str("lookahead"),
+            Self::EarlyExit(None) => f.write_str("early-exit"),
+            Self::EarlyExit(Some(layers)) => write!(f, "early-exit={layers}"),
             Self::Draft(name) => write!(f, "draft={name}"),
+            Self::Heads(kind) => f.write_str(kind.name()),
         }
     }
 }
@@ -87,16 +159,103 @@ impl FromStr for Speculate {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self> {
+        if let Some(kind) = HeadKind::ALL.into_iter().find(|k| k.name() == s) {
+            return Ok(Self::Heads(kind));
+        }
+        let unknown = || {
+            let heads = HeadKind::ALL.map(HeadKind::name).join(", ");
+            Error::Input(format!(
+                "unknown speculation method '{s}': choose off, auto, {}, early-exit=LAYERS, draft=MODEL, {heads}",
+                Self::BARE.join(", ")
+            ))
+        };
         match s {
             "off" | "none" => Ok(Self::Off),
             "auto" => Ok(Self::Auto),
             "prompt-lookup" => Ok(Self::PromptLookup),
-            _ => match s.strip_prefix("draft=") {
-                Some(name) if !name.is_empty() => Ok(Self::Draft(name.to_owned())),
-                _ => Err(Error::Input(format!(
-                    "unknown speculation method '{s}': choose off, auto, prompt-lookup or draft=MODEL"
-                ))),
+            "trigram" => Ok(Self::Trigram),
+            "jacobi" => Ok(Self::Jacobi),
+            "lookahead" => Ok(Self::Lookahead),
+            "early-exit" => Ok(Self::EarlyExit(None)),
+            _ => match s.split_once('=') {
+                Some(("draft", name)) if !name.is_empty() => Ok(Self::Draft(name.to_owned())),
+                Some(("early-exit", layers)) => match layers.parse() {
+                    Ok(n) if n > 0 => Ok(Self::EarlyExit(Some(n))),
+                    _ => Err(unknown()),
+                },
+                _ => Err(unknown()),
             },
+        }
+    }
+}
+
+/// The shape of drafts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Shape {
+    /// The method's own.
+    #[default]
+    Default,
+    /// One path.
+    Chain,
+    /// A tree of fixed shape, searched for the heads' accuracies.
+    Static,
+    /// A tree that follows the draft's confidence (EAGLE-2).
+    Dynamic,
+}
+
+impl FromStr for Shape {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "default" => Ok(Self::Default),
+            "chain" => Ok(Self::Chain),
+            "static" => Ok(Self::Static),
+            "dynamic" => Ok(Self::Dynamic),
+            _ => Err(Error::Input(format!(
+                "draft shape '{s}': choose default, chain, static or dynamic"
+            ))),
+        }
+    }
+}
+
+/// Which layers of the target run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layers {
+    /// All of them.
+    #[default]
+    All,
+    /// Those that routers choose from the prompt (FiRST). **Another model**: the text is not
+    /// that of the full one.
+    Router,
+    /// This many, evenly spaced, whatever the prompt. **Another model.**
+    Even(usize),
+}
+
+impl fmt::Display for Layers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::Router => f.write_str("router"),
+            Self::Even(n) => write!(f, "even={n}"),
+        }
+    }
+}
+
+impl FromStr for Layers {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        let even = s.strip_prefix("even=").and_then(|n| n.parse().ok());
+        match (s, even) {
+            ("all", _) => Ok(Self::All),
+            ("router", _) => Ok(Self::Router),
+            (_, Some(n)) if n > 0 => Ok(Self::Even(n)),
+            _ => Err(Error::Input(format!(
+                "layers '{s}': choose all, router or even=N"
+            ))),
         }
     }
 }
@@ -155,6 +314,15 @@ pub struct TextOptions {
     pub speculate: Speculate,
     /// How deep they go.
     pub depth: Depth,
+    /// What shape they have.
+    pub shape: Shape,
+    /// Most nodes of a draft tree, `1..=256`; chosen by cost and acceptance when absent.
+    pub tree_nodes: Option<usize>,
+    /// When a draft is accepted. Anything but the default changes the distribution of the
+    /// text.
+    pub acceptance: Acceptance,
+    /// Which layers of the target run.
+    pub layers: Layers,
     /// Ends the generation when it becomes true.
     #[serde(skip)]
     pub cancel: Option<Arc<AtomicBool>>,
@@ -190,6 +358,9 @@ impl TextOptions {
     pub fn validate(&self) -> Result<()> {
         if self.stop.iter().any(String::is_empty) {
             return Err(Error::Input("a stop text must not be empty".into()));
+        }
+        if self.tree_nodes.is_some_and(|n| !(1..=256).contains(&n)) {
+            return Err(Error::Input("a draft tree has from 1 to 256 nodes".into()));
         }
         // No vocabulary is known yet; only ranges are checked.
         self.to_sampling(&[]).validate(usize::MAX)?;
@@ -228,6 +399,8 @@ impl TextOptions {
             seed: self.seed,
             ignore_eos: self.ignore_eos,
             depth,
+            draft_nodes: self.tree_nodes,
+            acceptance: self.acceptance,
             ..Options::from(config)
         }
     }
@@ -239,9 +412,31 @@ mod tests {
 
     #[test]
     fn methods_and_depths_are_read_and_printed() {
-        for s in ["off", "auto", "prompt-lookup", "draft=models/bible-draft"] {
+        let methods = [
+            "off",
+            "auto",
+            "prompt-lookup",
+            "trigram",
+            "jacobi",
+            "lookahead",
+            "early-exit",
+            "early-exit=12",
+            "medusa",
+            "hydra",
+            "hydra++",
+            "eagle",
+            "hidden-transfer",
+            "draft=models/bible-draft",
+        ];
+        for s in methods {
             assert_eq!(s.parse::<Speculate>().unwrap().to_string(), s);
         }
+        for s in ["all", "router", "even=20"] {
+            assert_eq!(s.parse::<Layers>().unwrap().to_string(), s);
+        }
+        assert!("even=0".parse::<Layers>().is_err());
+        assert!("early-exit=0".parse::<Speculate>().is_err());
+        assert!("star".parse::<Shape>().is_err());
         assert!("draft=".parse::<Speculate>().is_err());
         assert!("medusa?".parse::<Speculate>().unwrap_err().is_usage());
         assert_eq!("4".parse::<Depth>().unwrap(), Depth::Fixed(4));

@@ -1,23 +1,38 @@
 //! The text pipeline: a model with its tokenizer.
 
-use crate::options::{LoadOptions, Speculate, TextOptions};
-use crate::stream::{Generation, TextStream};
+use crate::drafting::{self, DraftHeads};
+use crate::options::{HeadKind, Layers, LoadOptions, Speculate, TextOptions};
+use crate::stream::{Generation, Run, TextStream};
 use crate::{Error, Result};
+use sequor_backbone::routers::{LayerSelection, Prefill, RoutedLm, RouterFolder, load_adapted};
+use sequor_backbone::transfer::TransferLm;
 use sequor_backbone::{CausalLm, causal_lm};
 use sequor_data::Resolver;
 use sequor_nn::weights::Gguf;
-use sequor_sampling::draft::{DraftMode, Drafter};
-use sequor_sampling::{DraftModel, Generator, PromptLookup, TargetModel};
+use sequor_sampling::verify::{Acceptance, Neighbours};
+use sequor_sampling::{Drafter, Options, Session, TargetModel};
 use sequor_tokenizers::{GgufVocab, Message, Tokenizer};
+use std::cell::OnceCell;
 use std::path::Path;
+use std::sync::Arc;
 
 /// A language model that takes and gives text.
-#[derive(Debug)]
 pub struct TextPipeline {
     model: CausalLm,
     tokenizer: Tokenizer,
     draft: Option<CausalLm>,
+    heads: Vec<DraftHeads>,
+    routers: Option<RouterFolder>,
     eos: Vec<u32>,
+    neighbours: OnceCell<Arc<dyn Neighbours>>,
+}
+
+impl std::fmt::Debug for TextPipeline {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TextPipeline")
+            .field("model", &self.model.source())
+            .finish_non_exhaustive()
+    }
 }
 
 impl TextPipeline {
@@ -63,7 +78,10 @@ impl TextPipeline {
             model,
             tokenizer,
             draft: None,
+            heads: Vec::new(),
+            routers: None,
             eos,
+            neighbours: OnceCell::new(),
         })
     }
 
@@ -96,6 +114,99 @@ impl TextPipeline {
         }
         self.draft = Some(draft);
         Ok(())
+    }
+
+    /// Loads heads that draft for this model ([`Speculate::Heads`]); heads of the same kind
+    /// are replaced.
+    ///
+    /// # Errors
+    /// When a file is absent or damaged, or the heads were made for another model.
+    pub fn load_heads(&mut self, folder: &Path, options: &LoadOptions) -> Result<HeadKind> {
+        let heads = DraftHeads::load(folder, options, &self.model)?;
+        let kind = heads.kind();
+        self.heads.retain(|h| h.kind() != kind);
+        self.heads.push(heads);
+        Ok(kind)
+    }
+
+    /// Loads routers that choose layers of this model ([`Layers::Router`]). Where they were
+    /// trained with an adapter, the model is loaded again with it.
+    ///
+    /// # Errors
+    /// As [`load_heads`](Self::load_heads).
+    pub fn load_routers(&mut self, folder: &Path, options: &LoadOptions) -> Result<()> {
+        let routers = RouterFolder::open(folder)?;
+        routers.check(&self.model)?;
+        if let Some(adapter) = routers.adapter() {
+            let source = self.model.source().to_path_buf();
+            self.model = load_adapted(&source, adapter, options.dtype, options.device)?;
+            self.heads.clear();
+        }
+        self.routers = Some(routers);
+        Ok(())
+    }
+
+    /// Loads everything that `options` need and this pipeline does not have: the draft
+    /// model, heads or routers, looked up by the model's fingerprint beside the models that
+    /// `resolver` knows, or in the folder `heads`.
+    ///
+    /// # Errors
+    /// When nothing suitable is found (the message says how to train it) or loading fails.
+    pub fn prepare(
+        &mut self,
+        options: &TextOptions,
+        load: &LoadOptions,
+        resolver: &Resolver,
+        heads: Option<&Path>,
+    ) -> Result<()> {
+        if let Some(draft) = options.speculate.draft_model()
+            && self.draft.is_none()
+        {
+            self.load_draft(&resolver.resolve_model(draft)?.path, load)?;
+        }
+        if options.layers == Layers::Router && self.routers.is_none() {
+            let folder = drafting::find(resolver, heads, "router", &self.model)?;
+            self.load_routers(&folder, load)?;
+        }
+        if let Some(kind) = options.speculate.heads()
+            && self.heads(kind).is_none()
+        {
+            let folder = drafting::find(resolver, heads, kind.name(), &self.model)?;
+            let found = self.load_heads(&folder, load)?;
+            if found != kind {
+                return Err(Error::Input(format!(
+                    "{}: these are {} heads, and --speculate asks for {}",
+                    folder.display(),
+                    found.name(),
+                    kind.name()
+                )));
+            }
+        }
+        // Heads make the best automatic choice where there are any.
+        if options.speculate == Speculate::Auto && self.heads.is_empty() {
+            for kind in drafting::PREFERRED {
+                if let Ok(folder) = drafting::find(resolver, heads, kind.name(), &self.model) {
+                    self.load_heads(&folder, load)?;
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The loaded heads of a kind.
+    pub fn heads(&self, kind: HeadKind) -> Option<&DraftHeads> {
+        self.heads.iter().find(|h| h.kind() == kind)
+    }
+
+    /// The loaded draft model.
+    pub fn draft(&self) -> Option<&CausalLm> {
+        self.draft.as_ref()
+    }
+
+    /// The loaded routers.
+    pub fn routers(&self) -> Option<&RouterFolder> {
+        self.routers.as_ref()
     }
 
     /// The network.
@@ -162,27 +273,69 @@ impl TextPipeline {
     /// As [`generate`](Self::generate).
     pub fn stream_tokens(&self, prompt: &[u32], options: &TextOptions) -> Result<TextStream<'_>> {
         options.validate()?;
-        let sampling = options.to_sampling(&self.eos);
-        let drafter: Option<Box<dyn Drafter + '_>> = match (&options.speculate, &self.draft) {
-            (Speculate::Off, _) => None,
-            (Speculate::Draft(_), Some(draft)) => {
-                Some(Box::new(DraftModel::new(draft, DraftMode::Greedy)?))
-            }
-            (Speculate::Draft(name), None) => {
-                return Err(Error::Input(format!(
-                    "the draft model '{name}' has not been loaded: call load_draft first"
-                )));
-            }
-            (Speculate::Auto | Speculate::PromptLookup, _) => {
-                Some(Box::new(PromptLookup::default()))
+        let mut sampling = options.to_sampling(&self.eos);
+        let drafter = drafting::drafter(self, options, &mut sampling)?;
+        let session = self.session(prompt, options, &sampling, drafter)?;
+        TextStream::new(session, &self.tokenizer, &self.eos, prompt.len(), options)
+    }
+
+    /// A session of the target as `options` want it.
+    fn session<'p>(
+        &'p self,
+        prompt: &[u32],
+        options: &TextOptions,
+        sampling: &Options,
+        drafter: Option<Box<dyn Drafter + 'p>>,
+    ) -> Result<Box<dyn Run + 'p>> {
+        let selection = match options.layers {
+            Layers::All => None,
+            Layers::Even(n) => Some((LayerSelection::EvenlySpaced(n), None)),
+            Layers::Router => {
+                let folder = self.routers.as_ref().ok_or_else(|| {
+                    Error::Input("no routers have been loaded: call load_routers first".into())
+                })?;
+                let policy = LayerSelection::Routed(folder.config.policy());
+                Some((policy, Some(folder.routers.clone())))
             }
         };
-        let mut generator = Generator::new(&self.model, sampling)?;
-        if let Some(flag) = &options.cancel {
-            generator = generator.cancelled_by(flag.clone());
+        if let Some((selection, routers)) = selection {
+            if options.speculate.heads() == Some(HeadKind::HiddenTransfer) {
+                return Err(Error::Unsupported(
+                    "hidden transfer runs through all layers: leave out --layers".into(),
+                ));
+            }
+            let target = RoutedLm::new(&self.model, routers, &selection, Prefill::Full)?;
+            return self.begin(target, prompt, options, sampling, drafter);
         }
-        let session = generator.session(prompt, drafter)?;
-        TextStream::new(session, &self.tokenizer, &self.eos, prompt.len(), options)
+        if let Some(DraftHeads::Transfer(transfer)) =
+            options.speculate.heads().and_then(|kind| self.heads(kind))
+        {
+            let target = TransferLm::new(&self.model, transfer)?;
+            return self.begin(target, prompt, options, sampling, drafter);
+        }
+        self.begin(&self.model, prompt, options, sampling, drafter)
+    }
+
+    fn begin<'p, M: TargetModel + 'p>(
+        &'p self,
+        target: M,
+        prompt: &[u32],
+        options: &TextOptions,
+        sampling: &Options,
+        drafter: Option<Box<dyn Drafter + 'p>>,
+    ) -> Result<Box<dyn Run + 'p>> {
+        let mut session = Session::new(target, sampling, prompt, drafter)?;
+        if let Acceptance::Lantern { k, .. } = options.acceptance {
+            if self.neighbours.get().is_none() {
+                let made = drafting::EmbeddingNeighbours::new(&self.model, k)?;
+                let _ = self.neighbours.set(Arc::new(made));
+            }
+            session = session.with_neighbours(self.neighbours.get().cloned());
+        }
+        Ok(Box::new(match &options.cancel {
+            Some(flag) => session.cancelled_by(flag.clone()),
+            None => session,
+        }))
     }
 }
 

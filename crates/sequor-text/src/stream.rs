@@ -1,10 +1,9 @@
 //! Tokens to text as they come.
 
-use crate::options::TextOptions;
+use crate::options::{Layers, TextOptions};
 use crate::{Error, Result};
-use sequor_backbone::CausalLm;
 use sequor_sampling::generate::Event;
-use sequor_sampling::{FinishReason, Report, Session};
+use sequor_sampling::{FinishReason, Report, Session, TargetModel};
 use sequor_tokenizers::{DecodeStream, StopMatcher, Tokenizer};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -24,11 +23,41 @@ pub struct Generation {
     pub report: Report,
     /// The speculation method that was asked for.
     pub method: String,
+    /// Layers of the target that ran, if that was not all of them: the text is then that of
+    /// another model.
+    pub layers: Option<String>,
     /// Seed of its random numbers.
     pub seed: u64,
+    /// Tokens that each forward pass of the target added; the first one is the prompt's.
+    pub tokens_by_call: Vec<usize>,
 }
 
 impl Generation {
+    /// Tokens per target call over the first `tokens` tokens only, for measures that end
+    /// where a text begins to go in circles. Whole calls are counted.
+    pub fn tokens_per_call_up_to(&self, tokens: usize) -> f64 {
+        let (mut calls, mut added, mut before) = (0, 0, 0);
+        for (call, &n) in self.tokens_by_call.iter().enumerate() {
+            before += n;
+            if before > tokens {
+                break;
+            }
+            if call > 0 {
+                calls += 1;
+                added += n;
+            }
+        }
+        if calls == 0 {
+            return 1.0;
+        }
+        added as f64 / f64::from(calls)
+    }
+
+    /// Whether the text follows the target's own distribution.
+    pub fn lossless(&self) -> bool {
+        self.report.lossy.is_none() && self.layers.is_none()
+    }
+
     /// Did somebody cancel it?
     pub fn cancelled(&self) -> bool {
         self.finish == FinishReason::Cancelled
@@ -49,6 +78,8 @@ impl Generation {
             "new_tokens": self.tokens.len(),
             "finish": self.finish.to_string(),
             "seed": self.seed,
+            "layers": self.layers,
+            "lossless": self.lossless(),
             "prefill_seconds": r.prefill_seconds,
             "decode_seconds": r.decode_seconds,
             "first_token_seconds": r.first_token_seconds,
@@ -67,15 +98,43 @@ impl Generation {
                 "draft_seconds": r.draft_seconds,
                 "verify_seconds": r.verify_seconds,
                 "sampling_seconds": r.sampling_seconds,
+                "rounds_by_accepted": r.rounds_by_accepted,
+                "forward_by_rows": r.forward_by_rows,
+                "plain_step_seconds": r.plain_step_seconds,
+                "plain_decode_seconds": r.plain_seconds(),
+                "speedup": r.speedup(),
+                "lossy": r.lossy,
             },
         })
+    }
+}
+
+/// A session of whatever model.
+pub(crate) trait Run {
+    /// As [`Session::step`].
+    fn step(&mut self) -> sequor_sampling::Result<Event>;
+    /// As [`Session::end`].
+    fn end(&mut self, reason: FinishReason);
+    /// The result so far.
+    fn into_generation(self: Box<Self>) -> sequor_sampling::Generation;
+}
+
+impl<M: TargetModel> Run for Session<'_, M> {
+    fn step(&mut self) -> sequor_sampling::Result<Event> {
+        Session::step(self)
+    }
+    fn end(&mut self, reason: FinishReason) {
+        Session::end(self, reason);
+    }
+    fn into_generation(self: Box<Self>) -> sequor_sampling::Generation {
+        self.into_parts().0
     }
 }
 
 /// A text in progress: an iterator over its pieces, never half a character. Dropping it
 /// at any time is fine; [`finish`](Self::finish) gives the whole with its statistics.
 pub struct TextStream<'p> {
-    session: Session<'p, 'p, CausalLm>,
+    session: Box<dyn Run + 'p>,
     decoder: DecodeStream<'p>,
     stop: StopMatcher,
     eos: &'p [u32],
@@ -87,12 +146,14 @@ pub struct TextStream<'p> {
     ended: bool,
     prompt_tokens: usize,
     method: String,
+    layers: Option<String>,
     seed: u64,
+    tokens_by_call: Vec<usize>,
 }
 
 impl<'p> TextStream<'p> {
     pub(crate) fn new(
-        session: Session<'p, 'p, CausalLm>,
+        session: Box<dyn Run + 'p>,
         tokenizer: &'p Tokenizer,
         eos: &'p [u32],
         prompt_tokens: usize,
@@ -110,7 +171,9 @@ impl<'p> TextStream<'p> {
             ended: false,
             prompt_tokens,
             method: options.speculate.to_string(),
+            layers: (options.layers != Layers::All).then(|| options.layers.to_string()),
             seed: options.seed,
+            tokens_by_call: Vec::new(),
         })
     }
 
@@ -127,7 +190,7 @@ impl<'p> TextStream<'p> {
 
     /// The text so far, with counts and times.
     pub fn finish(self) -> Generation {
-        let (done, _) = self.session.into_parts();
+        let done = self.session.into_generation();
         let mut tokens = done.tokens;
         tokens.truncate(self.kept.unwrap_or(usize::MAX));
         Generation {
@@ -141,7 +204,9 @@ impl<'p> TextStream<'p> {
             },
             report: done.report,
             method: self.method,
+            layers: self.layers,
             seed: self.seed,
+            tokens_by_call: self.tokens_by_call,
         }
     }
 
@@ -170,6 +235,7 @@ impl<'p> TextStream<'p> {
         match self.session.step()? {
             Event::Prefill { .. } => {}
             Event::Tokens(tokens) => {
+                self.tokens_by_call.push(tokens.len());
                 for token in tokens {
                     if self.take(token)? {
                         self.kept = Some(self.seen);

@@ -14,7 +14,7 @@ pub fn run(a: &Chat) -> Result {
     let mut options = text_options(&a.sampling, &a.speculate)?;
     let cancel = cancel_flag()?;
     options.cancel = Some(cancel.clone());
-    let pipeline = load(&a.model, &loading, &options)?;
+    let pipeline = load(&a.model, &loading, &options, a.speculate.heads.as_deref())?;
     let mut messages: Vec<Message> = a
         .system
         .iter()

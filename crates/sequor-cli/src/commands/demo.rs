@@ -6,7 +6,9 @@ use crate::exit::{Exit, Result, cancel_flag, failure, usage};
 use sequor_data::Resolver;
 use sequor_nn::device::DType;
 use sequor_nn::weights::write_atomic;
-use sequor_text::{Generation, LoadOptions, Message, Speculate, TextOptions, TextPipeline};
+use sequor_text::{
+    Generation, HeadKind, LoadOptions, Message, Speculate, TextOptions, TextPipeline,
+};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -24,13 +26,11 @@ pub fn run(a: &Demo) -> Result {
     make_folder(&a.out)?;
     let cancel = cancel_flag()?;
     let (path, chat) = model(a.offline)?;
-    let pipeline = TextPipeline::load(
-        &path,
-        &LoadOptions {
-            dtype,
-            ..LoadOptions::default()
-        },
-    )?;
+    let loading = LoadOptions {
+        dtype,
+        ..LoadOptions::default()
+    };
+    let mut pipeline = TextPipeline::load(&path, &loading)?;
     let prompt_text = if chat { CHAT_PROMPT } else { BIBLE_PROMPT };
     let prompt = if chat {
         pipeline.chat_prompt(&[Message::user(prompt_text.to_owned())])?
@@ -38,11 +38,16 @@ pub fn run(a: &Demo) -> Result {
         pipeline.encode(prompt_text)?
     };
     println!("prompt: {prompt_text}\n");
+    let mut methods = vec![
+        ("plain".to_owned(), Speculate::Off),
+        (
+            "prompt-lookup speculation".to_owned(),
+            Speculate::PromptLookup,
+        ),
+    ];
+    methods.extend(best_heads(&mut pipeline, &loading)?);
     let mut runs = Vec::new();
-    for (title, speculate) in [
-        ("plain", Speculate::Off),
-        ("prompt-lookup speculation", Speculate::PromptLookup),
-    ] {
+    for (title, speculate) in methods {
         println!("--- {title}, {dtype} ---");
         let options = TextOptions {
             max_new_tokens: 128,
@@ -69,7 +74,7 @@ pub fn run(a: &Demo) -> Result {
     println!(
         "{}",
         if equal {
-            "both texts are equal, token for token"
+            "all texts are equal, token for token"
         } else {
             "THE TEXTS DIFFER: speculation must not change a text"
         }
@@ -89,8 +94,29 @@ pub fn run(a: &Demo) -> Result {
     if equal {
         Ok(())
     } else {
-        Err(failure("the two texts differ"))
+        Err(failure("the texts differ"))
     }
+}
+
+/// The best heads that are there for this model.
+fn best_heads(
+    pipeline: &mut TextPipeline,
+    loading: &LoadOptions,
+) -> Result<Option<(String, Speculate)>> {
+    let resolver = Resolver::from_env().offline(true);
+    for kind in [HeadKind::HydraPlus, HeadKind::Eagle, HeadKind::Medusa] {
+        let options = TextOptions {
+            speculate: Speculate::Heads(kind),
+            ..TextOptions::default()
+        };
+        match pipeline.prepare(&options, loading, &resolver, None) {
+            Ok(()) => return Ok(Some((format!("{} heads", kind.name()), options.speculate))),
+            // None were trained for this model.
+            Err(e) if e.is_usage() => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(None)
 }
 
 /// SmolLM2 where it can be had, else the bundled model.
@@ -127,7 +153,7 @@ fn html(
     model: &str,
     dtype: DType,
     prompt: &str,
-    runs: &[(&str, Generation)],
+    runs: &[(String, Generation)],
     equal: bool,
 ) -> String {
     let escape = |s: &str| {
@@ -150,7 +176,7 @@ fn html(
         })
         .collect();
     let verdict = if equal {
-        "Both texts are equal, token for token."
+        "All texts are equal, token for token."
     } else {
         "The texts differ."
     };

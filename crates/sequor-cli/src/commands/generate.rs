@@ -16,7 +16,7 @@ pub fn run(a: &GenerateText) -> Result {
         ));
     }
     options.cancel = Some(cancel_flag()?);
-    let pipeline = load(&a.model, &loading, &options)?;
+    let pipeline = load(&a.model, &loading, &options, a.speculate.heads.as_deref())?;
     let prompt = if a.chat {
         let system = a.system.iter().map(|s| Message::system(s.clone()));
         pipeline.chat_prompt(
@@ -55,26 +55,76 @@ pub fn stream(
     Ok(stream.finish())
 }
 
-/// One line about speed and speculation.
+/// What speed and speculation came to: a line, and a table of rounds where drafts were
+/// checked.
 pub fn summary(g: &Generation) -> String {
     let r = &g.report;
-    let mut line = format!(
+    let mut text = format!(
         "[{} tokens, {:.1} tokens/s, first token after {:.0} ms, seed {}]",
         g.tokens.len(),
         g.tokens_per_second(),
         1e3 * r.first_token_seconds,
         g.seed
     );
-    if r.drafted > 0 {
-        line += &format!(
-            " [{}: {:.2} tokens per target call, {} of {} drafted tokens accepted]",
-            g.method,
-            r.tokens_per_call(),
-            r.accepted,
-            r.drafted
-        );
-    } else if g.method != "off" {
-        line += &format!(" [{}: nothing was drafted]", g.method);
+    if let Some(layers) = &g.layers {
+        text += &format!("\n[layers {layers}: ANOTHER MODEL, the text is not the full one's]");
     }
-    line
+    if let Some(rule) = &r.lossy {
+        text += &format!(
+            "\n[acceptance {rule}: LOSSY, the text does not follow the model's distribution]"
+        );
+    }
+    if r.drafted > 0 {
+        text += &format!("\n[{}] {}", g.method, rounds(g));
+    } else if g.method != "off" {
+        text += &format!(" [{}: nothing was drafted]", g.method);
+    }
+    text
+}
+
+fn rounds(g: &Generation) -> String {
+    let r = &g.report;
+    let list = |counts: &[usize]| {
+        let shown: Vec<String> = counts.iter().map(ToString::to_string).collect();
+        shown.join(" ")
+    };
+    let mut text = format!(
+        "{:.2} tokens per target call: {} rounds in {} calls, {} of {} drafted tokens accepted",
+        r.tokens_per_call(),
+        r.rounds,
+        r.target_calls,
+        r.accepted,
+        r.drafted
+    );
+    text += &format!(
+        "\n  accepted by depth: {}; rounds by number accepted (0, 1, ..): {}",
+        list(&r.accepted_by_depth),
+        list(&r.rounds_by_accepted)
+    );
+    text += &format!(
+        "\n  drafting {:.2} s, target {:.2} s, the rest {:.2} s of {:.2} s",
+        r.draft_seconds, r.verify_seconds, r.sampling_seconds, r.decode_seconds
+    );
+    if let Some(plain) = r.plain_step_seconds.filter(|s| *s > 0.0) {
+        let costs: Vec<String> = r
+            .forward_by_rows
+            .iter()
+            .map(|c| format!("{}: {:.2}", c.rows, c.seconds / plain))
+            .collect();
+        text += &format!(
+            "\n  cost of a pass by rows, in plain steps: {}",
+            costs.join(", ")
+        );
+    }
+    if let (Some(plain), Some(speedup)) = (r.plain_seconds(), r.speedup()) {
+        let verdict = if speedup < 1.0 {
+            " (slower here: --speculate auto would leave it)"
+        } else {
+            ""
+        };
+        text += &format!(
+            "\n  plain decoding would have taken {plain:.2} s: {speedup:.2} times as fast{verdict}"
+        );
+    }
+    text
 }

@@ -1,6 +1,7 @@
 //! One module per command.
 
 mod bench;
+mod bench_speculate;
 mod catalog;
 mod chat;
 mod demo;
@@ -10,7 +11,12 @@ mod forward;
 mod generate;
 mod inspect;
 mod model;
+mod reproduce;
+mod systems;
 mod train;
+mod train_corpus;
+mod train_heads;
+mod verify;
 
 use crate::args::{Bench, CatalogKind, Command, Eval, Generate, Train};
 use crate::exit::Result;
@@ -24,9 +30,15 @@ pub fn run(command: Command) -> Result {
         Command::Doctor(a) => doctor::run(&a),
         Command::Forward(a) => forward::run(&a),
         Command::Bench(Bench::Decode(a)) => bench::run(&a),
+        Command::Bench(Bench::Speculate(a)) => bench_speculate::run(&a),
+        Command::Verify(a) => verify::run(&a),
+        Command::Reproduce(a) => reproduce::run(&a),
+        Command::Systems(a) => systems::run(&a),
         Command::Models(a) => catalog::run(CatalogKind::Models, &a),
         Command::Data(a) => catalog::run(CatalogKind::Data, &a),
         Command::Train(Train::Lm(a)) => train::run(&a),
+        Command::Train(Train::Corpus(a)) => train_corpus::run(&a),
+        Command::Train(Train::Heads(a)) => train_heads::run(&a),
         Command::Eval(Eval::Perplexity(a)) => eval::run(&a),
         Command::Demo(a) => demo::run(&a),
     }

@@ -4,8 +4,8 @@ use crate::args::{ModelArgs, SamplingArgs, SpeculateArgs};
 use crate::exit::{Result, failure, usage};
 use sequor_data::Resolver;
 use sequor_nn::device::{DType, parse_device};
-use sequor_text::{LoadOptions, TextOptions, TextPipeline};
-use std::path::PathBuf;
+use sequor_text::{Acceptance, LoadOptions, TextOptions, TextPipeline};
+use std::path::{Path, PathBuf};
 
 /// The path of a model by name, fetched when it must be.
 pub fn resolve(name: &str, offline: bool) -> Result<PathBuf> {
@@ -46,17 +46,54 @@ pub fn text_options(s: &SamplingArgs, d: &SpeculateArgs) -> Result<TextOptions> 
         ignore_eos: s.ignore_eos,
         speculate: d.speculate.parse()?,
         depth: d.draft_depth.parse()?,
+        shape: d.topology.parse()?,
+        tree_nodes: d.tree_nodes,
+        acceptance: acceptance(&d.acceptance)?,
+        layers: d.layers.parse()?,
         ..TextOptions::default()
     };
     options.validate()?;
     Ok(options)
 }
 
-/// Loads the pipeline, and the draft model when the method names one.
-pub fn load(a: &ModelArgs, load: &LoadOptions, options: &TextOptions) -> Result<TextPipeline> {
+/// A rule of acceptance by name.
+pub fn acceptance(name: &str) -> Result<Acceptance> {
+    let number = |text: &str| {
+        text.parse::<f64>()
+            .map_err(|_| usage(format!("'{text}' is not a number in --acceptance {name}")))
+    };
+    Ok(match name.split_once('=') {
+        None if name == "lossless" => Acceptance::Exact,
+        None if name == "typical" => Acceptance::Typical {
+            epsilon: 0.09,
+            delta: 0.3,
+        },
+        None if name == "lantern" => Acceptance::Lantern {
+            k: 1000,
+            delta: 0.1,
+        },
+        None if name == "tolerance" => Acceptance::Tolerance { r: 0.1 },
+        Some(("tolerance", r)) => Acceptance::Tolerance { r: number(r)? },
+        Some(("synthetic", rate)) => Acceptance::Synthetic {
+            rate: number(rate)?,
+        },
+        _ => {
+            return Err(usage(format!(
+                "unknown rule of acceptance '{name}': choose lossless, typical, lantern, tolerance[=R] or synthetic=RATE"
+            )));
+        }
+    })
+}
+
+/// Loads the pipeline with all that the method needs.
+pub fn load(
+    a: &ModelArgs,
+    load: &LoadOptions,
+    options: &TextOptions,
+    heads: Option<&Path>,
+) -> Result<TextPipeline> {
     let mut pipeline = TextPipeline::load(&resolve(&a.model, a.offline)?, load)?;
-    if let Some(draft) = options.speculate.draft_model() {
-        pipeline.load_draft(&resolve(draft, a.offline)?, load)?;
-    }
+    let resolver = Resolver::from_env().offline(a.offline);
+    pipeline.prepare(options, load, &resolver, heads)?;
     Ok(pipeline)
 }

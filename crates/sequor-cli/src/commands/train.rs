@@ -47,7 +47,7 @@ pub fn run(a: &TrainLm) -> Result {
 }
 
 /// Only what a training run puts there is removed.
-fn remove_checkpoints(out: &Path) -> Result {
+pub(super) fn remove_checkpoints(out: &Path) -> Result {
     let dir = out.join(".checkpoints");
     match std::fs::remove_dir_all(&dir) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {

@@ -184,7 +184,14 @@ impl Categorical {
     /// possible.
     #[must_use]
     pub fn without(&self, token: u32) -> Option<Self> {
-        self.reweighted(|id, p| if id == token { 0.0 } else { p })
+        self.without_any(|id| id == token)
+    }
+
+    /// The law given that the draw is none of the tokens that `removed` names, or `None`
+    /// when nothing else is possible.
+    #[must_use]
+    pub fn without_any(&self, removed: impl Fn(u32) -> bool) -> Option<Self> {
+        self.reweighted(|id, p| if removed(id) { 0.0 } else { p })
     }
 
     fn reweighted(&self, weight: impl Fn(u32, f64) -> f64) -> Option<Self> {

@@ -7,6 +7,7 @@
 //! and continuous latents ([`Gaussian`]).
 
 mod categorical;
+mod diagonal;
 mod gaussian;
 mod product;
 
@@ -15,6 +16,7 @@ use sequor_kernels::rng::Stream;
 use crate::{Error, Result};
 
 pub use categorical::{Categorical, best_score};
+pub use diagonal::DiagonalGaussian;
 pub use gaussian::{Coupled, Gaussian};
 pub use product::ProductCategorical;
 

@@ -4,6 +4,16 @@
 //! generation, never its distribution, provided that it says truthfully where each unit
 //! came from ([`Proposal`](crate::tree::Proposal)).
 //!
+//! | drafter | guesses | topology |
+//! |---|---|---|
+//! | [`NoDraft`] | nothing: plain decoding | - |
+//! | [`PromptLookup`] | what followed the last words before | chain |
+//! | [`Trigram`] | what follows such pairs of tokens, learned on the way (ADED) | tree |
+//! | [`Jacobi`] | what the target said about the last guesses | chain |
+//! | [`Lookahead`] | n-grams found in a Jacobi window | tree |
+//! | [`DraftModel`] | what a smaller model says | chain |
+//! | anything with an [`Expander`] | ranked continuations: heads, draft layers | [`Topology`] |
+//!
 //! A rule for stopping early may use what is known *before* a unit is drawn (entropy or
 //! largest probability of the draft law). Throwing away a unit after it was drawn because
 //! it looks unlikely is not allowed: what survives is no longer distributed as the law
@@ -48,9 +58,14 @@
 //! # Ok::<(), sequor_sampling::Error>(())
 //! ```
 
+pub mod grow;
+mod jacobi;
+mod lookahead;
 mod model;
 mod none;
 mod prompt_lookup;
+mod static_tree;
+mod trigram;
 
 use sequor_kernels::rng::Key;
 use sequor_nn::Tensor;
@@ -58,9 +73,13 @@ use sequor_nn::Tensor;
 use crate::Result;
 use crate::tree::DraftTree;
 
+pub use grow::{Expander, StaticTree, Topology, grow};
+pub use jacobi::Jacobi;
+pub use lookahead::{Lookahead, LookaheadOptions};
 pub use model::{DraftMode, DraftModel};
 pub use none::NoDraft;
 pub use prompt_lookup::PromptLookup;
+pub use trigram::{AdaptiveTrigram, TreeSearch, Trigram, TrigramOptions, TrigramTable, Vocabulary};
 
 /// What a drafter may look at.
 #[derive(Clone, Copy, Debug)]
@@ -112,6 +131,10 @@ pub struct Feedback<'a> {
     pub path: &'a [usize],
     /// All tokens that were added to the sequence, the target's own included.
     pub added: &'a [u32],
+    /// The token with the largest raw logit in every row that was checked: row 0 follows
+    /// the root, row `1 + n` follows node `n`; 0 where a row has none. Only for drafters
+    /// that ask for it.
+    pub best: Option<&'a [u32]>,
 }
 
 /// A source of guesses.
@@ -143,6 +166,19 @@ pub trait Drafter {
     fn wants_features(&self) -> bool {
         false
     }
+
+    /// Whether the best token of every checked row is wanted.
+    fn wants_best(&self) -> bool {
+        false
+    }
+
+    /// For drafters of trees: tokens that a round with `nodes` drafted nodes yields on
+    /// average, the target's own included, by the drafter's own estimate (for instance
+    /// [`StaticTree::expected_tokens`]). The loop chooses the number of nodes by it, scaled
+    /// by what it sees, and by what rows cost. `None` means chains: one node per level.
+    fn expected_tokens(&self, _nodes: usize) -> Option<f64> {
+        None
+    }
 }
 
 impl<D: Drafter + ?Sized> Drafter for &mut D {
@@ -164,6 +200,12 @@ impl<D: Drafter + ?Sized> Drafter for &mut D {
     fn wants_features(&self) -> bool {
         (**self).wants_features()
     }
+    fn wants_best(&self) -> bool {
+        (**self).wants_best()
+    }
+    fn expected_tokens(&self, nodes: usize) -> Option<f64> {
+        (**self).expected_tokens(nodes)
+    }
 }
 
 impl<D: Drafter + ?Sized> Drafter for Box<D> {
@@ -184,5 +226,11 @@ impl<D: Drafter + ?Sized> Drafter for Box<D> {
     }
     fn wants_features(&self) -> bool {
         (**self).wants_features()
+    }
+    fn wants_best(&self) -> bool {
+        (**self).wants_best()
+    }
+    fn expected_tokens(&self, nodes: usize) -> Option<f64> {
+        (**self).expected_tokens(nodes)
     }
 }

@@ -1,5 +1,6 @@
 //! Several requests over one state, one forward pass for all of them.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -9,6 +10,7 @@ use super::sequence::{ModelLimits, OnToken, Sequence};
 use crate::draft::Drafter;
 use crate::state::SequenceState;
 use crate::target::{Output, TargetModel};
+use crate::verify::Neighbours;
 use crate::{Error, Result};
 
 /// One request of a batch.
@@ -20,6 +22,8 @@ pub struct Request<'d> {
     pub options: Options,
     /// Its drafter.
     pub drafter: Option<Box<dyn Drafter + 'd>>,
+    /// Which tokens are near which, for LANTERN.
+    pub neighbours: Option<Arc<dyn Neighbours>>,
     /// Is told every token.
     pub on_token: Option<OnToken<'d>>,
 }
@@ -32,6 +36,7 @@ impl Request<'_> {
             prompt,
             options: options.into(),
             drafter: None,
+            neighbours: None,
             on_token: None,
         }
     }
@@ -58,9 +63,11 @@ pub fn generate_batch<M: TargetModel>(
                 prompt,
                 options,
                 drafter,
+                neighbours,
                 on_token,
             } = request;
-            let sequence = Sequence::new(slot, &prompt, 0, &options, &limits, drafter)?;
+            let sequence =
+                Sequence::new(slot, &prompt, 0, &options, &limits, drafter)?.neighbours(neighbours);
             Ok(match on_token {
                 Some(on_token) => sequence.on_token(on_token),
                 None => sequence,

@@ -11,6 +11,8 @@
 //! lose. The loss against plain decoding is thereby bounded by two per cent of the
 //! generation plus one step.
 //!
+//! For trees the number of nodes is chosen instead (`nodes.rs`), under the same limits.
+//!
 //! Measured times may choose the depth because for exact acceptance of drafts without
 //! randomness (and for greedy targets) the depth does not change the output. Where it
 //! would, the depth is fixed.
@@ -20,6 +22,7 @@ use std::collections::BTreeMap;
 use sequor_kernels::cost::CostCurve;
 use serde::{Deserialize, Serialize};
 
+use super::nodes::{self, TreeExperience};
 use crate::{Error, Result};
 
 /// Part of a generation that [`DepthPolicy::Auto`] may lose to drafts that do not pay.
@@ -85,6 +88,8 @@ pub(super) struct Round {
     pub asked: bool,
     /// Rows of the forward pass.
     pub rows: usize,
+    /// Drafted nodes.
+    pub nodes: usize,
     /// Length of the longest drafted path.
     pub depth: usize,
     /// Accepted drafts.
@@ -110,6 +115,9 @@ pub(super) struct DepthController {
     balance: f64,
     emitted: f64,
     since_draft: usize,
+    /// Whether the output is the same at any depth.
+    repeatable: bool,
+    tree: TreeExperience,
 }
 
 impl DepthController {
@@ -131,6 +139,8 @@ impl DepthController {
             balance: 0.0,
             emitted: 0.0,
             since_draft: 0,
+            repeatable,
+            tree: TreeExperience::default(),
         }
     }
 
@@ -174,6 +184,77 @@ impl DepthController {
         }
         self.since_draft += 1;
         0
+    }
+
+    /// Depth and nodes of the next draft tree, paths at most `cap` long and at most `room`
+    /// nodes. `expected(n)` is how many tokens the drafter expects of `n` nodes.
+    pub fn choose_tree(
+        &mut self,
+        cap: usize,
+        room: usize,
+        expected: impl Fn(usize) -> f64,
+    ) -> (usize, usize) {
+        let depth = cap.min(self.policy.max());
+        let most = room.min(nodes::MAX_NODES);
+        let nodes = match self.policy {
+            _ if depth == 0 => 0,
+            _ if !self.repeatable => most.min(nodes::STEADY_NODES),
+            DepthPolicy::Fixed(_) | DepthPolicy::Adaptive { .. } => {
+                self.best_tree(most, &expected).max(1).min(most)
+            }
+            DepthPolicy::Auto { .. } => self.choose_tree_auto(most, &expected),
+        };
+        if nodes == 0 {
+            return (0, 0);
+        }
+        self.tree.expect(expected(nodes) - 1.0);
+        (depth, nodes)
+    }
+
+    fn choose_tree_auto(&mut self, most: usize, expected: &impl Fn(usize) -> f64) -> usize {
+        if self.known.is_none() && !self.seen.contains_key(&1) {
+            return 0;
+        }
+        let allowed = LOSS_SHARE * self.emitted;
+        let affordable =
+            |nodes: usize, may_owe: f64| self.balance - (self.tree_cost(nodes) - 1.0) >= -may_owe;
+        let best = self.best_tree(most, expected);
+        if let Some(nodes) = (1..=best).rev().find(|&n| affordable(n, allowed + CREDIT)) {
+            self.since_draft = 0;
+            return nodes;
+        }
+        let unknown = self.known.is_none() && self.seen.len() == 1;
+        let due = unknown || self.since_draft >= PROBE_INTERVAL;
+        let may_owe = if unknown { CREDIT } else { allowed };
+        if most > 0 && due && affordable(1, may_owe) {
+            self.since_draft = 0;
+            self.tree.forget(expected(1) - 1.0);
+            return 1;
+        }
+        self.since_draft += 1;
+        0
+    }
+
+    fn best_tree(&self, most: usize, expected: &impl Fn(usize) -> f64) -> usize {
+        if self.curve().is_none() || (self.known.is_none() && self.seen.len() < 2) {
+            return most.min(1);
+        }
+        self.tree
+            .best(most, |nodes| self.tree_cost(nodes), expected)
+    }
+
+    /// Price of a round with a tree of `nodes` nodes in plain steps.
+    fn tree_cost(&self, nodes: usize) -> f64 {
+        self.relative(nodes + 1) + self.tree.cost(self.plain_seconds())
+    }
+
+    /// Time of a pass over one row: known, else measured; `None` if there was none.
+    pub fn plain_step_seconds(&self) -> Option<f64> {
+        let measured = || self.seen.get(&1).map(|&(_, mean)| mean);
+        self.known
+            .as_ref()
+            .map(|curve| curve.at(1))
+            .or_else(measured)
     }
 
     /// Plain steps lost by a round of `depth` drafts if none is accepted.
@@ -231,6 +312,8 @@ impl DepthController {
         if !round.asked {
             return;
         }
+        self.tree
+            .record(round.nodes, round.accepted, round.draft_seconds);
         self.draft_seconds = self.draft_seconds * MEMORY + round.draft_seconds;
         self.draft_tokens = self.draft_tokens * MEMORY + round.depth as f64;
         if round.depth > 0 {
@@ -261,6 +344,7 @@ mod tests {
             control.record(Round {
                 asked: depth > 0,
                 rows: depth + 1,
+                nodes: depth,
                 depth,
                 accepted: 0,
                 rejected: depth > 0,

@@ -11,6 +11,7 @@
 
 mod batch;
 mod depth;
+mod nodes;
 mod options;
 mod report;
 mod sequence;
@@ -20,6 +21,6 @@ mod walk;
 pub use batch::{Request, generate_batch};
 pub use depth::DepthPolicy;
 pub use options::Options;
-pub use report::{FinishReason, Generation, Report};
+pub use report::{FinishReason, Generation, Report, RowCost};
 pub use sequence::{ModelLimits, OnToken, Sequence};
 pub use session::{Event, Generator, Session};

@@ -27,7 +27,11 @@ pub struct Options {
     pub ignore_eos: bool,
     /// How deep to draft.
     pub depth: DepthPolicy,
-    /// Most nodes of a draft tree; `None` for one per level, which is a chain.
+    /// Most nodes of a draft tree. `None` for as many as pay best where the drafter knows
+    /// what they are worth ([`Drafter::expected_tokens`]), and else for one per level, which
+    /// is a chain.
+    ///
+    /// [`Drafter::expected_tokens`]: crate::Drafter::expected_tokens
     pub draft_nodes: Option<usize>,
     /// When a draft is accepted.
     pub acceptance: Acceptance,
@@ -87,6 +91,20 @@ impl Options {
         self
     }
 
+    /// Fixes the number of nodes of a draft tree.
+    #[must_use]
+    pub fn draft_nodes(mut self, nodes: usize) -> Self {
+        self.draft_nodes = Some(nodes);
+        self
+    }
+
+    /// Sets the rule of acceptance.
+    #[must_use]
+    pub fn acceptance(mut self, acceptance: Acceptance) -> Self {
+        self.acceptance = acceptance;
+        self
+    }
+
     /// Sets the depth policy.
     #[must_use]
     pub fn depth(mut self, depth: DepthPolicy) -> Self {
@@ -112,15 +130,7 @@ impl Options {
                 format!("ids below the vocabulary size {vocab}"),
             ));
         }
-        if let Acceptance::Ensemble { weight } = self.acceptance
-            && !(0.0..=1.0).contains(&weight)
-        {
-            return Err(Error::input(
-                "acceptance.weight",
-                weight,
-                "a number in [0, 1]",
-            ));
-        }
+        self.acceptance.validate()?;
         if self
             .processor_list()?
             .iter()
@@ -132,6 +142,11 @@ impl Options {
         }
         if let Some(config) = self.mirostat {
             Mirostat::new(config)?;
+            if matches!(self.acceptance, Acceptance::Typical { .. }) {
+                let message = "typical acceptance looks at several continuations at once, \
+                               Mirostat's bound follows a single one";
+                return Err(Error::Unsupported(message.to_owned()));
+            }
             if self.config.is_greedy() {
                 let message = "Mirostat chooses among several tokens: set do_sample and a temperature above 0";
                 return Err(Error::Config(message.to_owned()));

@@ -43,6 +43,17 @@ pub struct Generation {
     pub report: Report,
 }
 
+/// Forward passes of one size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RowCost {
+    /// Rows per pass.
+    pub rows: usize,
+    /// Number of passes.
+    pub passes: usize,
+    /// Mean time of a pass.
+    pub seconds: f64,
+}
+
 /// Counts and times of one generation. Times are wall-clock seconds; in a batch, the time
 /// of a forward pass counts for every sequence in it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -68,6 +79,10 @@ pub struct Report {
     pub drafted_by_depth: Vec<usize>,
     /// `accepted_by_depth[d]`: rounds in which the draft at depth `d` was accepted.
     pub accepted_by_depth: Vec<usize>,
+    /// `rounds_by_accepted[n]`: rounds in which `n` drafts were accepted.
+    pub rounds_by_accepted: Vec<usize>,
+    /// Name of the rule if the acceptance of drafts changed the distribution of the output.
+    pub lossy: Option<String>,
     /// `depth_histogram[d]`: how often depth `d` was chosen.
     pub depth_histogram: Vec<usize>,
     /// Calls in which drafting was switched off because it would not have paid.
@@ -82,6 +97,11 @@ pub struct Report {
     pub verify_seconds: f64,
     /// Part of `decode_seconds` spent on processors, sampling and commits.
     pub sampling_seconds: f64,
+    /// Forward passes after the prompt by number of rows, rows ascending.
+    pub forward_by_rows: Vec<RowCost>,
+    /// Time of a forward pass over one row: as the model's cost curve says, else the mean
+    /// of this generation; `None` if neither is known.
+    pub plain_step_seconds: Option<f64>,
     /// From the start to the first token.
     pub first_token_seconds: f64,
     /// Why the sequence ended; `None` while it has not.
@@ -115,6 +135,50 @@ impl Report {
             self.emitted.saturating_sub(1) as f64 / self.decode_seconds
         } else {
             0.0
+        }
+    }
+
+    /// What plain decoding would have taken after the first token, in seconds, as far as
+    /// the price of a plain step is known.
+    #[must_use]
+    pub fn plain_seconds(&self) -> Option<f64> {
+        let steps = self.emitted.saturating_sub(1) as f64;
+        self.plain_step_seconds.map(|step| step * steps)
+    }
+
+    /// How many times faster than plain decoding it was, as far as that is known.
+    #[must_use]
+    pub fn speedup(&self) -> Option<f64> {
+        let plain = self.plain_seconds()?;
+        (self.decode_seconds > 0.0).then(|| plain / self.decode_seconds)
+    }
+
+    /// Share of the decoding time that went neither into the target's forward passes nor
+    /// into drafting.
+    #[must_use]
+    pub fn overhead(&self) -> f64 {
+        if self.decode_seconds > 0.0 {
+            self.sampling_seconds / self.decode_seconds
+        } else {
+            0.0
+        }
+    }
+
+    pub(super) fn count_pass(&mut self, rows: usize, seconds: f64) {
+        let at = self
+            .forward_by_rows
+            .binary_search_by_key(&rows, |cost| cost.rows);
+        let at = at.unwrap_or_else(|at| {
+            let cost = RowCost {
+                rows,
+                ..RowCost::default()
+            };
+            self.forward_by_rows.insert(at, cost);
+            at
+        });
+        if let Some(cost) = self.forward_by_rows.get_mut(at) {
+            cost.passes += 1;
+            cost.seconds += (seconds - cost.seconds) / cost.passes as f64;
         }
     }
 
@@ -157,6 +221,12 @@ impl fmt::Display for Report {
                 self.drafted,
                 self.accepted_by_depth
             )?;
+        }
+        if let Some(speedup) = self.speedup().filter(|_| self.rounds > 0) {
+            write!(f, ", {speedup:.2} times plain decoding")?;
+        }
+        if let Some(rule) = &self.lossy {
+            write!(f, ", LOSSY acceptance: {rule}")?;
         }
         if self.switched_off > 0 {
             write!(f, ", drafting switched off in {} calls", self.switched_off)?;

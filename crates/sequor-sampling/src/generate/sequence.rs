@@ -1,22 +1,24 @@
 //! One request as a state machine over forward passes.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sequor_kernels::cost::CostCurve;
-use sequor_kernels::rng::Key;
+use sequor_kernels::rng::{Key, Purpose};
 use sequor_nn::Tensor;
 
 use super::depth::{DepthController, Round};
 use super::options::Options;
 use super::report::{FinishReason, Generation, Report};
 use super::walk::{Sampler, Walk};
+use crate::distribution::{Law, best_score};
 use crate::draft::{Budget, DraftContext, Drafter, Feedback, NoDraft};
 use crate::mirostat::Mirostat;
 use crate::state::SequenceState;
 use crate::target::{Layout, LogitRows, Output, Step, TargetModel};
 use crate::tree::DraftTree;
-use crate::verify::{self, Acceptance, Draws, Verdict};
+use crate::verify::{self, Acceptance, Draws, Neighbours, Verdict};
 use crate::{Error, Result};
 
 /// Is told every token in order; `Break` ends the sequence after it. Stop strings are
@@ -65,6 +67,7 @@ pub struct Sequence<'d> {
     chunk: usize,
     sampler: Sampler,
     acceptance: Acceptance,
+    neighbours: Option<Arc<dyn Neighbours>>,
     key: Key,
     eos: Vec<u32>,
     stop_ids: Vec<u32>,
@@ -74,6 +77,8 @@ pub struct Sequence<'d> {
     /// Features of rows committed since the last proposal.
     features: Option<Tensor>,
     planned: Option<Planned>,
+    /// Scores of a row while they are processed.
+    scratch: Vec<f32>,
     started: Instant,
     deadline: Option<Instant>,
     report: Report,
@@ -122,8 +127,9 @@ impl<'d> Sequence<'d> {
             .unwrap_or(model.context_len);
         let end = asked.min(model.context_len);
         let greedy = config.is_greedy();
-        let repeatable = greedy
-            || (options.acceptance.is_exact() && !drafter.as_ref().is_some_and(|d| d.is_random()));
+        let lossy = options.acceptance.changes_output(greedy);
+        let random = drafter.as_ref().is_some_and(|d| d.is_random());
+        let repeatable = !lossy && (greedy || !random);
         let started = Instant::now();
         let deadline = config
             .max_time
@@ -146,6 +152,7 @@ impl<'d> Sequence<'d> {
                 max_length: asked,
             },
             acceptance: options.acceptance,
+            neighbours: None,
             key: Key::new(options.seed, options.request),
             eos: if options.ignore_eos {
                 Vec::new()
@@ -160,12 +167,14 @@ impl<'d> Sequence<'d> {
                     .map_or(NoDraft.name(), |d| d.name())
                     .to_owned(),
                 prompt_tokens: prompt.len(),
+                lossy: lossy.then(|| options.acceptance.to_string()),
                 ..Report::default()
             },
             drafter,
             on_token: None,
             features: None,
             planned: None,
+            scratch: Vec::new(),
             started,
             // A limit too far away to be represented is no limit.
             deadline: deadline.and_then(|d| started.checked_add(d)),
@@ -176,6 +185,13 @@ impl<'d> Sequence<'d> {
     #[must_use]
     pub fn on_token(mut self, on_token: OnToken<'d>) -> Self {
         self.on_token = Some(on_token);
+        self
+    }
+
+    /// Says which tokens are near which, for [`Acceptance::Lantern`].
+    #[must_use]
+    pub fn neighbours(mut self, neighbours: Option<Arc<dyn Neighbours>>) -> Self {
+        self.neighbours = neighbours;
         self
     }
 
@@ -293,17 +309,27 @@ impl<'d> Sequence<'d> {
         let (Some(drafter), true) = (&mut self.drafter, cap > 0) else {
             return Ok(Default::default());
         };
-        let depth = self.depth.choose(cap);
+        // Every node takes a row of the state.
+        let room = self.context - self.tokens.len();
+        let (depth, nodes) = match self.draft_nodes {
+            None if drafter.expected_tokens(1).is_some() => {
+                let worth = |nodes| drafter.expected_tokens(nodes).unwrap_or(1.0);
+                self.depth.choose_tree(cap, room, worth)
+            }
+            // The size of the tree is what is paid for; its depth costs nothing more.
+            Some(nodes) if drafter.expected_tokens(1).is_some() => {
+                (cap.min(self.depth.max()), nodes.min(room))
+            }
+            nodes => {
+                let depth = self.depth.choose(cap);
+                (depth, nodes.unwrap_or(depth).min(room))
+            }
+        };
         Report::count(&mut self.report.depth_histogram, depth);
         if depth == 0 {
             self.report.switched_off += usize::from(self.depth.max() > 0);
             return Ok(Default::default());
         }
-        // Every node takes a row of the state.
-        let nodes = self
-            .draft_nodes
-            .unwrap_or(depth)
-            .min(self.context - self.tokens.len());
         let features = self.features.take();
         let ctx = DraftContext {
             tokens: &self.tokens,
@@ -323,10 +349,8 @@ impl<'d> Sequence<'d> {
             );
             return Err(Error::contract(drafter.name(), what));
         }
-        if !(self.acceptance.is_exact() || self.sampler.greedy || tree.is_chain()) {
-            return Err(Error::Unsupported(
-                "lossy acceptance of draft trees".to_owned(),
-            ));
+        if self.walk_is_relaxed() {
+            verify::check_relaxed(&tree)?;
         }
         Ok((tree, true))
     }
@@ -422,13 +446,14 @@ impl<'d> Sequence<'d> {
             .map(|node| planned.known + node);
         let rows: Vec<usize> = (0..planned.known).chain(drafts).collect();
         self.commit(&rows, output, state)?;
+        let best = self.best_tokens(output, &planned);
         self.account(
             &planned,
             &verdict,
             added,
             prefill,
-            seconds,
-            start.elapsed().as_secs_f64(),
+            best.as_deref(),
+            [seconds, start.elapsed().as_secs_f64()],
         );
         Ok(added)
     }
@@ -440,24 +465,63 @@ impl<'d> Sequence<'d> {
         } else {
             0
         };
-        let mut walk = Walk::new(&self.sampler, tree, &output.logits, root_row, &self.tokens);
+        let relaxed = self.walk_is_relaxed();
+        let (logits, scratch) = (&output.logits, &mut self.scratch);
+        let mut walk = Walk::new(&self.sampler, tree, logits, root_row, &self.tokens, scratch);
         let draws = Draws::new(self.key, self.tokens.len() as u64);
         let ends = |token: u32| self.eos.contains(&token) || self.stop_ids.contains(&token);
-        let verdict = if self.sampler.greedy {
-            verify::greedy(tree, |path| walk.best(path), |&token| ends(token))
-        } else if tree.is_chain() {
-            verify::chain(
-                tree,
-                |path| walk.law(path),
-                &draws,
-                self.acceptance,
-                |&token| ends(token),
-            )
-        } else {
-            verify::tree(tree, |path| walk.law(path), &draws, ends)
+        let verdict = match self.acceptance {
+            Acceptance::Synthetic { rate } if self.sampler.greedy => {
+                verify::synthetic(tree, |path| walk.best(path), &draws, rate, ends)
+            }
+            Acceptance::Synthetic { rate } => {
+                let own = |path: &[usize]| {
+                    let mut stream = draws.stream(path.len(), Purpose::Sample);
+                    walk.law(path).map(|law| law.sample(&mut stream))
+                };
+                verify::synthetic(tree, own, &draws, rate, ends)
+            }
+            _ if self.sampler.greedy => {
+                verify::greedy(tree, |path| walk.best(path), |&token| ends(token))
+            }
+            Acceptance::Typical { epsilon, delta } => {
+                verify::typical(tree, |path| walk.law(path), (epsilon, delta), ends)
+            }
+            acceptance if relaxed => {
+                let neighbours = self.neighbours.as_deref();
+                verify::relaxed(
+                    tree,
+                    |path| walk.law(path),
+                    &draws,
+                    acceptance,
+                    neighbours,
+                    ends,
+                )
+            }
+            _ if self.sampler.mirostat.is_none() && tree.is_one_hot() => {
+                // Sample and walk: a draw decides like a best token does.
+                let draw = |path: &[usize]| {
+                    walk.draw(path, draws.stream(path.len(), Purpose::Sample).uniform())
+                };
+                verify::greedy(tree, draw, |&token| ends(token))
+            }
+            acceptance if tree.is_chain() => {
+                let ends = |&token: &u32| ends(token);
+                verify::chain(tree, |path| walk.law(path), &draws, acceptance, ends)
+            }
+            _ => verify::tree(tree, |path| walk.law(path), &draws, ends),
         }?;
         self.sampler.mirostat = walk.finish(&verdict);
         Ok(verdict)
+    }
+
+    /// Whether drafts are accepted by [`verify::relaxed`].
+    fn walk_is_relaxed(&self) -> bool {
+        let relaxed = matches!(
+            self.acceptance,
+            Acceptance::Ensemble { .. } | Acceptance::Lantern { .. } | Acceptance::Tolerance { .. }
+        );
+        relaxed && self.acceptance.changes_output(self.sampler.greedy)
     }
 
     /// Appends a token and applies the stop rules in their order: end-of-sequence, stop
@@ -493,14 +557,25 @@ impl<'d> Sequence<'d> {
         self.drafter.as_ref().is_some_and(|d| d.wants_features())
     }
 
+    /// The best raw token of the root's row and of every node's, if the drafter asks.
+    fn best_tokens(&self, output: &Output, planned: &Planned) -> Option<Vec<u32>> {
+        let wanted = self.drafter.as_ref().is_some_and(|d| d.wants_best());
+        (wanted && !planned.tree.is_empty()).then(|| {
+            let rows = planned.known - 1..planned.tokens.len();
+            let best = |row| best_score(output.logits.row(row)?).ok();
+            rows.map(|row| best(row).map_or(0, |(token, _)| token))
+                .collect()
+        })
+    }
+
     fn account(
         &mut self,
         planned: &Planned,
         verdict: &Verdict<u32>,
         added: usize,
         prefill: bool,
-        forward_seconds: f64,
-        sampling_seconds: f64,
+        best: Option<&[u32]>,
+        [forward_seconds, sampling_seconds]: [f64; 2],
     ) {
         let report = &mut self.report;
         report.emitted += added;
@@ -515,11 +590,13 @@ impl<'d> Sequence<'d> {
         report.verify_seconds += forward_seconds;
         report.sampling_seconds += sampling_seconds;
         report.decode_seconds += planned.draft_seconds + forward_seconds + sampling_seconds;
+        report.count_pass(planned.tokens.len(), forward_seconds);
         let depth = planned.tree.depths().into_iter().max().map_or(0, |d| d + 1);
         if depth > 0 {
             report.rounds += 1;
             report.drafted += planned.tree.len();
             report.accepted += verdict.path.len();
+            Report::count(&mut report.rounds_by_accepted, verdict.path.len());
             (0..depth).for_each(|d| Report::count(&mut report.drafted_by_depth, d));
             (0..verdict.path.len()).for_each(|d| Report::count(&mut report.accepted_by_depth, d));
             let first = self.tokens.len() - added;
@@ -529,12 +606,14 @@ impl<'d> Sequence<'d> {
                     tree: &planned.tree,
                     path: &verdict.path,
                     added,
+                    best,
                 });
             }
         }
         self.depth.record(Round {
             asked: planned.asked,
             rows: planned.tokens.len(),
+            nodes: planned.tree.len(),
             depth,
             accepted: verdict.path.len(),
             rejected: verdict.rejected,
@@ -542,6 +621,7 @@ impl<'d> Sequence<'d> {
             draft_seconds: planned.draft_seconds,
             verify_seconds: forward_seconds,
         });
+        self.report.plain_step_seconds = self.depth.plain_step_seconds();
     }
 }
 

@@ -1,5 +1,6 @@
 //! One request, driven step by step.
 
+use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,17 +12,27 @@ use super::sequence::{ModelLimits, Sequence};
 use crate::draft::Drafter;
 use crate::state::SequenceState;
 use crate::target::TargetModel;
+use crate::verify::Neighbours;
 use crate::{Error, Result};
 
 /// The slot of a session's state.
 const SLOT: usize = 0;
 
-/// A model with options: the beginning of every generation.
-#[derive(Debug)]
-pub struct Generator<'m, M: TargetModel> {
-    target: &'m M,
+/// A model with options: the beginning of every generation. The model is given as anything
+/// that can be copied for every session, such as a reference.
+pub struct Generator<M: TargetModel + Clone> {
+    target: M,
     options: Options,
+    neighbours: Option<Arc<dyn Neighbours>>,
     cancel: Option<Arc<AtomicBool>>,
+}
+
+impl<M: TargetModel + Clone> fmt::Debug for Generator<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Generator")
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What happened in a step.
@@ -40,17 +51,18 @@ pub enum Event {
     Finished(FinishReason),
 }
 
-impl<'m, M: TargetModel> Generator<'m, M> {
+impl<M: TargetModel + Clone> Generator<M> {
     /// Checks the options against the model.
     ///
     /// # Errors
     /// `Input` or `Config` naming the option.
-    pub fn new(target: &'m M, options: impl Into<Options>) -> Result<Self> {
+    pub fn new(target: M, options: impl Into<Options>) -> Result<Self> {
         let options = options.into();
         options.validate(target.vocab_size())?;
         Ok(Self {
             target,
             options,
+            neighbours: None,
             cancel: None,
         })
     }
@@ -60,6 +72,15 @@ impl<'m, M: TargetModel> Generator<'m, M> {
     #[must_use]
     pub fn cancelled_by(mut self, flag: Arc<AtomicBool>) -> Self {
         self.cancel = Some(flag);
+        self
+    }
+
+    /// Says which tokens are near which, for [`Acceptance::Lantern`].
+    ///
+    /// [`Acceptance::Lantern`]: crate::Acceptance::Lantern
+    #[must_use]
+    pub fn with_neighbours(mut self, neighbours: Arc<dyn Neighbours>) -> Self {
+        self.neighbours = Some(neighbours);
         self
     }
 
@@ -78,7 +99,7 @@ impl<'m, M: TargetModel> Generator<'m, M> {
         &self,
         prompt: &[u32],
         drafter: Option<Box<dyn Drafter + 'd>>,
-    ) -> Result<Session<'m, 'd, M>> {
+    ) -> Result<Session<'d, M>> {
         self.resume(self.target.new_state(1)?, prompt, drafter)
     }
 
@@ -90,24 +111,15 @@ impl<'m, M: TargetModel> Generator<'m, M> {
     /// one token of the prompt to evaluate.
     pub fn resume<'d>(
         &self,
-        mut state: M::State,
+        state: M::State,
         prompt: &[u32],
         drafter: Option<Box<dyn Drafter + 'd>>,
-    ) -> Result<Session<'m, 'd, M>> {
-        state.discard(SLOT)?;
-        let keep = prompt.len().saturating_sub(1);
-        if state.committed_len(SLOT) > keep {
-            state.truncate(SLOT, keep)?;
-        }
-        let cached = state.committed_len(SLOT);
-        let limits = ModelLimits::of(self.target);
-        let sequence = Sequence::new(SLOT, prompt, cached, &self.options, &limits, drafter)?;
-        Ok(Session {
-            target: self.target,
-            state,
-            sequence,
-            cancel: self.cancel.clone(),
-            given: 0,
+    ) -> Result<Session<'d, M>> {
+        let session = Session::resume(self.target.clone(), state, &self.options, prompt, drafter)?
+            .with_neighbours(self.neighbours.clone());
+        Ok(match &self.cancel {
+            Some(flag) => session.cancelled_by(flag.clone()),
+            None => session,
         })
     }
 
@@ -131,8 +143,8 @@ impl<'m, M: TargetModel> Generator<'m, M> {
 /// One sequence in progress.
 ///
 /// As an iterator it gives token after token. Dropping it at any time is fine.
-pub struct Session<'m, 'd, M: TargetModel> {
-    target: &'m M,
+pub struct Session<'d, M: TargetModel> {
+    target: M,
     state: M::State,
     sequence: Sequence<'d>,
     cancel: Option<Arc<AtomicBool>>,
@@ -140,7 +152,61 @@ pub struct Session<'m, 'd, M: TargetModel> {
     given: usize,
 }
 
-impl<'d, M: TargetModel> Session<'_, 'd, M> {
+impl<'d, M: TargetModel> Session<'d, M> {
+    /// One sequence of a model that is given away or borrowed, with a fresh state.
+    ///
+    /// # Errors
+    /// As [`Generator::new`] and [`Generator::session`].
+    pub fn new(
+        target: M,
+        options: &Options,
+        prompt: &[u32],
+        drafter: Option<Box<dyn Drafter + 'd>>,
+    ) -> Result<Self> {
+        let state = target.new_state(1)?;
+        Self::resume(target, state, options, prompt, drafter)
+    }
+
+    fn resume(
+        target: M,
+        mut state: M::State,
+        options: &Options,
+        prompt: &[u32],
+        drafter: Option<Box<dyn Drafter + 'd>>,
+    ) -> Result<Self> {
+        state.discard(SLOT)?;
+        let keep = prompt.len().saturating_sub(1);
+        if state.committed_len(SLOT) > keep {
+            state.truncate(SLOT, keep)?;
+        }
+        let cached = state.committed_len(SLOT);
+        let limits = ModelLimits::of(&target);
+        let sequence = Sequence::new(SLOT, prompt, cached, options, &limits, drafter)?;
+        Ok(Self {
+            target,
+            state,
+            sequence,
+            cancel: None,
+            given: 0,
+        })
+    }
+
+    /// Ends the sequence when `flag` becomes true; it is looked at before every forward pass.
+    #[must_use]
+    pub fn cancelled_by(mut self, flag: Arc<AtomicBool>) -> Self {
+        self.cancel = Some(flag);
+        self
+    }
+
+    /// Says which tokens are near which, for [`Acceptance::Lantern`].
+    ///
+    /// [`Acceptance::Lantern`]: crate::Acceptance::Lantern
+    #[must_use]
+    pub fn with_neighbours(mut self, neighbours: Option<Arc<dyn Neighbours>>) -> Self {
+        self.sequence = self.sequence.neighbours(neighbours);
+        self
+    }
+
     /// Tells `on_token` every token in order; `Break` ends the sequence after it.
     #[must_use]
     pub fn on_token(mut self, on_token: impl FnMut(u32) -> ControlFlow<()> + 'd) -> Self {
@@ -240,7 +306,7 @@ impl<'d, M: TargetModel> Session<'_, 'd, M> {
     }
 }
 
-impl<M: TargetModel> Iterator for Session<'_, '_, M> {
+impl<M: TargetModel> Iterator for Session<'_, M> {
     type Item = Result<u32>;
 
     fn next(&mut self) -> Option<Self::Item> {

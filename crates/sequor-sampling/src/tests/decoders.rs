@@ -4,8 +4,11 @@ use std::ops::ControlFlow;
 
 use sequor_kernels::cost::CostCurve;
 
-use super::toy::{DrawnTree, Markov, RankTree};
-use crate::draft::{DraftMode, DraftModel, Drafter, NoDraft, PromptLookup};
+use super::toy::{DrawnTree, Grown, Markov, RankTree};
+use crate::draft::{
+    DraftMode, DraftModel, Drafter, Jacobi, Lookahead, LookaheadOptions, NoDraft, PromptLookup,
+    StaticTree, Topology, Trigram, TrigramOptions, TrigramTable, Vocabulary,
+};
 use crate::generate::{Request, generate_batch};
 use crate::mirostat::{MirostatConfig, MirostatVersion};
 use crate::processors::WatermarkConfig;
@@ -27,6 +30,30 @@ fn target() -> Markov {
 /// A related but different model.
 fn guess() -> Markov {
     Markov::new(V, 1, 2.5, 1)
+}
+
+/// Plain text of the target.
+fn text() -> &'static [u32] {
+    static TEXT: std::sync::OnceLock<Vec<u32>> = std::sync::OnceLock::new();
+    TEXT.get_or_init(|| {
+        let options = Options::from(GenerationConfig::sampling(0.8)).max_new_tokens(3000);
+        let target = target();
+        let session = Generator::new(&target, options)
+            .unwrap()
+            .session(&[1], None)
+            .unwrap();
+        session.collect::<Result<_>>().unwrap()
+    })
+}
+
+fn grown(topology: Topology) -> Option<Box<dyn Drafter>> {
+    let guess = Markov::new(V, 2, 2.5, 1);
+    Some(Box::new(Grown { guess, topology }))
+}
+
+fn shape() -> StaticTree {
+    let ranks = vec![0.5, 0.2, 0.1];
+    StaticTree::search(&[ranks.clone(), ranks.clone(), ranks.clone(), ranks], 30)
 }
 
 struct Decoder {
@@ -92,6 +119,74 @@ fn decoders() -> Vec<Decoder> {
         Decoder {
             nodes: Some(5),
             ..decoder("cut tree", Adaptive { max: 4 }, rank_tree)
+        },
+        Decoder {
+            nodes: Some(9),
+            ..decoder("grown chain", Fixed(3), || grown(Topology::Chain))
+        },
+        Decoder {
+            nodes: Some(10),
+            ..decoder("static tree", Fixed(4), || grown(Topology::Static(shape())))
+        },
+        decoder("static tree, auto", Auto { max: 4 }, || {
+            grown(Topology::Static(shape()))
+        }),
+        Decoder {
+            nodes: Some(14),
+            ..decoder("dynamic tree", Fixed(5), || {
+                grown(Topology::Dynamic { top_k: 3 })
+            })
+        },
+        Decoder {
+            nodes: Some(16),
+            ..decoder("trigram", Fixed(5), || {
+                Some(Box::new(Trigram::new(TrigramOptions::default()).unwrap()))
+            })
+        },
+        decoder("trigram, auto", Auto { max: 5 }, || {
+            Some(Box::new(Trigram::new(TrigramOptions::default()).unwrap()))
+        }),
+        Decoder {
+            nodes: Some(12),
+            ..decoder("counted trigram", Fixed(4), || {
+                let vocabulary = Vocabulary {
+                    size: V as u32,
+                    hash: [1; 32],
+                };
+                let table = TrigramTable::from_tokens(text(), vocabulary, 12).unwrap();
+                let options = TrigramOptions {
+                    adapt: None,
+                    search: None,
+                    ..TrigramOptions::default()
+                };
+                Some(Box::new(Trigram::new(options).unwrap().with_table(table)))
+            })
+        },
+        decoder("jacobi", Fixed(6), || {
+            Some(Box::new(Jacobi::new(6).unwrap()))
+        }),
+        decoder("jacobi, adaptive", Adaptive { max: 8 }, || {
+            Some(Box::new(Jacobi::new(5).unwrap()))
+        }),
+        Decoder {
+            nodes: Some(LookaheadOptions::default().nodes()),
+            ..decoder("lookahead", Fixed(11), || {
+                Some(Box::new(
+                    Lookahead::new(LookaheadOptions::default()).unwrap(),
+                ))
+            })
+        },
+        Decoder {
+            nodes: Some(12),
+            ..decoder("small lookahead", Fixed(4), || {
+                let options = LookaheadOptions {
+                    window: 3,
+                    ngram: 3,
+                    pool: 3,
+                    pool_from_text: false,
+                };
+                Some(Box::new(Lookahead::new(options).unwrap()))
+            })
         },
         Decoder {
             nodes: Some(12),

@@ -192,3 +192,93 @@ fn random_drafts_keep_a_fixed_depth() {
 fn tail(out: &Generation) -> usize {
     out.report.depth_histogram[..3].iter().sum()
 }
+
+/// A drafter of static trees whose ranks are right as often as it says.
+fn run_tree(price_of_row: f64, depth: DepthPolicy, tokens: usize) -> Generation {
+    let target = target(price_of_row);
+    let ranks: Vec<f64> = (1..6).map(|r| 0.5 / f64::from(r * r)).collect();
+    let drafter = super::toy::Grown {
+        guess: Markov::new(V, 2, 2.0, 1),
+        topology: crate::Topology::Static(crate::StaticTree::search(&vec![ranks; 4], 64)),
+    };
+    let options = Options::from(GenerationConfig::sampling(1.0))
+        .max_new_tokens(tokens)
+        .depth(depth);
+    let generator = Generator::new(&target, options).unwrap();
+    let go = |drafter: Option<Box<dyn Drafter>>| {
+        generator
+            .generate(&[1, 2], drafter, |_| ControlFlow::Continue(()))
+            .unwrap()
+    };
+    let out = go(Some(Box::new(drafter)));
+    assert_eq!(out.tokens, go(None).tokens);
+    out
+}
+
+#[test]
+fn the_number_of_nodes_follows_the_price_of_rows() {
+    let per_round = |out: &Generation| out.report.drafted as f64 / out.report.rounds.max(1) as f64;
+    let policy = DepthPolicy::Auto { max: 4 };
+    let free = run_tree(0.001, policy, 400);
+    let cheap = run_tree(0.05, policy, 400);
+    let dear = run_tree(2.0, policy, 400);
+    assert!(per_round(&free) > 40.0, "{}", per_round(&free));
+    assert!(
+        (3.0..40.0).contains(&per_round(&cheap)),
+        "{}",
+        per_round(&cheap)
+    );
+    assert!(price_per_token(&free, 0.001) < 0.6 && price_per_token(&cheap, 0.05) < 0.9);
+    assert!(dear.report.switched_off > 350, "{}", dear.report);
+    assert!(price_per_token(&dear, 2.0) < 1.03);
+    // Named policies always draft, but no more than pays.
+    let fixed = run_tree(2.0, DepthPolicy::Fixed(4), 100);
+    assert_eq!(
+        (fixed.report.switched_off, per_round(&fixed).round()),
+        (0, 1.0)
+    );
+    // A number that is given is kept.
+    let target = target(2.0);
+    let guess = Markov::new(V, 2, 2.0, 1);
+    let topology = crate::Topology::Dynamic { top_k: 4 };
+    let options = Options::from(GenerationConfig::greedy())
+        .max_new_tokens(60)
+        .depth(DepthPolicy::Fixed(4))
+        .draft_nodes(7);
+    let drafter = super::toy::Grown { guess, topology };
+    let generator = Generator::new(&target, options).unwrap();
+    let out = generator
+        .generate(&[1, 2], Some(Box::new(drafter)), |_| {
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    assert_eq!(out.report.forward_by_rows.last().unwrap().rows, 8);
+}
+
+#[test]
+fn what_a_run_cost_is_in_its_report() {
+    let out = run_tree(0.05, DepthPolicy::Auto { max: 4 }, 200);
+    let report = &out.report;
+    let passes: usize = report.forward_by_rows.iter().map(|cost| cost.passes).sum();
+    assert_eq!(passes, report.target_calls);
+    assert!(report.forward_by_rows.is_sorted_by(|a, b| a.rows < b.rows));
+    let seconds: f64 = report
+        .forward_by_rows
+        .iter()
+        .map(|c| c.seconds * c.passes as f64)
+        .sum();
+    assert!((seconds / report.verify_seconds - 1.0).abs() < 1e-6);
+    // The curve says one second per plain step.
+    assert_eq!(report.plain_seconds(), Some(199.0));
+    assert!(report.speedup().unwrap() > 1.0 && report.lossy.is_none());
+    assert_eq!(
+        report.rounds_by_accepted.iter().sum::<usize>(),
+        report.rounds
+    );
+    let accepted = report
+        .rounds_by_accepted
+        .iter()
+        .enumerate()
+        .map(|(n, rounds)| n * rounds);
+    assert_eq!(accepted.sum::<usize>(), report.accepted);
+}

@@ -2,12 +2,16 @@
 
 mod decoders;
 mod depth;
+mod drafters;
 mod edges;
 mod laws;
 mod lifecycle;
 mod mutations;
 mod parity;
 mod processors;
+mod relaxed;
 mod throughput;
 mod toy;
+mod trigram;
 mod units;
+mod verifiers;

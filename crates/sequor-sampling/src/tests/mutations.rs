@@ -8,7 +8,7 @@ use sequor_kernels::rng::{Key, Purpose};
 use super::laws::{RUNS, Toy, ranked, tokens_of, two_levels};
 use crate::Law;
 use crate::stats::chi_square;
-use crate::tree::{DraftTree, Draw, Proposal};
+use crate::tree::{DraftTree, Draw, Proposal, paths};
 use crate::verify::{self, Acceptance, Draws};
 
 fn assert_caught(name: &str, round: impl FnMut(&Toy, &[u32], Key) -> Vec<u32>) {
@@ -62,6 +62,34 @@ fn drawing_again_after_a_mismatch() {
                 }
             }
         }
+    });
+}
+
+/// Some programs draw one token per position of every *path*: a shared beginning is drawn
+/// several times, and the longest match wins.
+#[test]
+fn drawing_per_path_instead_of_per_node() {
+    assert_caught("per path", |toy, history, key| {
+        let tree = ranked(toy, history, 2);
+        let mut best: Vec<u32> = Vec::new();
+        for (row, path) in paths(tree.parents()).into_iter().enumerate() {
+            let mut tokens = Vec::new();
+            for depth in 0..=path.len() {
+                let p = toy.after(history, &tree, &path[..depth]).unwrap();
+                let position = (history.len() + depth) as u64;
+                let mut stream = Key::new(key.seed + 1 + row as u64, key.request)
+                    .stream(position, Purpose::Sample);
+                let y = p.sample(&mut stream);
+                tokens.push(y);
+                if path.get(depth).is_none_or(|&n| tree.units()[n] != y) {
+                    break;
+                }
+            }
+            if tokens.len() > best.len() {
+                best = tokens;
+            }
+        }
+        best
     });
 }
 

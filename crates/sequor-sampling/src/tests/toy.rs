@@ -7,7 +7,7 @@ use sequor_kernels::cost::CostCurve;
 use sequor_kernels::rng::{Key, Purpose};
 use sequor_nn::Tensor;
 
-use crate::draft::{Budget, DraftContext, Drafter, Feedback};
+use crate::draft::{Budget, DraftContext, Drafter, Expander, Feedback, Topology};
 use crate::state::SequenceState;
 use crate::target::{Layout, LogitRows, Logits, Output, Step, TargetModel};
 use crate::tree::{DraftTree, Draw, Proposal, path_to};
@@ -204,6 +204,55 @@ impl Drafter for RankTree {
         })
     }
     fn reset(&mut self) {}
+}
+
+/// Grows trees of any topology from another law: deterministic.
+pub struct Grown {
+    pub guess: Markov,
+    pub topology: Topology,
+}
+
+/// Ranks what a law says after a sequence and a path.
+struct Ranks<'a>(&'a Markov, &'a [u32]);
+
+impl Expander for Ranks<'_> {
+    fn expand(
+        &mut self,
+        tree: &DraftTree,
+        frontier: &[Option<usize>],
+        k: usize,
+    ) -> Result<Vec<Vec<(u32, f32)>>> {
+        let list = |node: &Option<usize>| {
+            let path = node.map_or(Vec::new(), |n| path_to(tree.parents(), n));
+            let drafted = path.into_iter().map(|n| tree.units()[n]);
+            let history: Vec<u32> = self.1.iter().copied().chain(drafted).collect();
+            let law = self.0.law(&history);
+            let mut ranked: Vec<(u32, f32)> = law.iter().map(|(t, p)| (t, p.ln() as f32)).collect();
+            ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
+            ranked.truncate(k);
+            ranked
+        };
+        Ok(frontier.iter().map(list).collect())
+    }
+    fn max_depth(&self) -> usize {
+        usize::MAX
+    }
+}
+
+impl Drafter for Grown {
+    fn name(&self) -> &str {
+        "grown"
+    }
+    fn propose(&mut self, ctx: &DraftContext<'_>, budget: Budget) -> Result<DraftTree> {
+        crate::grow(&mut Ranks(&self.guess, ctx.tokens), &self.topology, budget)
+    }
+    fn reset(&mut self) {}
+    fn expected_tokens(&self, nodes: usize) -> Option<f64> {
+        match &self.topology {
+            Topology::Static(shape) => Some(shape.expected_tokens(nodes)),
+            _ => None,
+        }
+    }
 }
 
 /// Proposes trees whose nodes are drawn from another law.

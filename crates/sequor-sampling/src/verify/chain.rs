@@ -31,8 +31,12 @@ use crate::{Error, Result};
 /// `law(path)` is the target's law after the accepted nodes `path`; `ends` says whether a
 /// unit ends the sequence, in which case nothing follows it.
 ///
+/// Of the lossy rules, those that look at nothing but the ratio apply (ensemble and
+/// tolerance).
+///
 /// # Errors
-/// Those of `law` and of residual draws.
+/// Those of `law` and of residual draws; `Unsupported` for a rule that needs more than the
+/// ratio.
 pub fn chain<L: Law>(
     tree: &DraftTree<L>,
     mut law: impl FnMut(&[usize]) -> Result<L>,
@@ -40,6 +44,13 @@ pub fn chain<L: Law>(
     acceptance: Acceptance,
     ends: impl Fn(&L::Unit) -> bool,
 ) -> Result<Verdict<L::Unit>> {
+    if matches!(
+        acceptance,
+        Acceptance::Typical { .. } | Acceptance::Lantern { .. } | Acceptance::Synthetic { .. }
+    ) {
+        let message = format!("acceptance `{acceptance}` by likelihood ratio alone");
+        return Err(Error::Unsupported(message));
+    }
     let mut path = Vec::new();
     loop {
         let p = law(&path)?;
@@ -74,8 +85,11 @@ fn replacement<L: Law>(
     match proposal {
         Proposal::OneHot => {
             let y = p.sample(&mut draws.stream(depth, Purpose::Sample));
-            let forgiven = || acceptance.leniency() > 0.0 && accept() < acceptance.leniency();
-            Ok(if y == *unit || forgiven() {
+            let forgiven = || {
+                let chance = acceptance.forgiveness(p.density(unit));
+                chance > 0.0 && accept() < chance
+            };
+            Ok(if y == *unit || (!acceptance.is_exact() && forgiven()) {
                 None
             } else {
                 Some(y)

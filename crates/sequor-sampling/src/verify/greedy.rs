@@ -4,14 +4,17 @@
 //! the child that holds the argmax, and stop where there is none; the argmax that has no
 //! child is emitted. The output equals plain greedy decoding token for token wherever
 //! the model's rows do not depend on how many of them are computed together.
+//!
+//! With draws from the target's laws in place of best units, the same walk is "sample and
+//! walk", exact for drafts that were chosen without randomness (see [`tree`](super::tree())).
 
 use super::Verdict;
 use crate::Result;
 use crate::distribution::Law;
 use crate::tree::DraftTree;
 
-/// Walks along the best units. `best(path)` is the target's best unit after the accepted
-/// nodes `path`; `ends` says whether a unit ends the sequence.
+/// Walks along the best units. `best(path)` is the target's best unit (or a draw from its
+/// law) after the accepted nodes `path`; `ends` says whether a unit ends the sequence.
 ///
 /// # Errors
 /// Those of `best`.

@@ -25,7 +25,7 @@ use super::task::{HELD_OUT_LOSS, LmTask};
 use crate::{Error, Result};
 
 /// Folder of the checkpoints within the output folder.
-const CHECKPOINTS: &str = ".checkpoints";
+pub(super) const CHECKPOINTS: &str = ".checkpoints";
 
 /// How a run is conducted. None of it decides the result.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -292,13 +292,13 @@ fn json_error(e: serde_json::Error) -> Error {
     Error::Config(format!("cannot be written as JSON: {e}"))
 }
 
-fn put_json(path: &Path, value: &Value) -> Result<()> {
+pub(super) fn put_json(path: &Path, value: &Value) -> Result<()> {
     let mut text = serde_json::to_vec_pretty(value).map_err(json_error)?;
     text.push(b'\n');
     put(path, &text)
 }
 
-fn put(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(super) fn put(path: &Path, bytes: &[u8]) -> Result<()> {
     use std::io::Write;
     weights::write_atomic(path, |file| {
         file.write_all(bytes)

@@ -18,9 +18,13 @@
 
 mod card;
 mod corpus;
+pub mod distill;
+pub mod heads;
 mod lm;
 mod recipe;
+pub mod router;
 mod task;
+pub mod transfer;
 
 #[cfg(test)]
 mod tests;
