@@ -284,7 +284,8 @@ fn a_batch_of_different_layers_equals_single_runs() {
     let prompts: Vec<Vec<u32>> = (0..4).map(|i| text(i * 3 + 1, 6 + 3 * i)).collect();
     for prefill in MODES {
         let m = routed(&base, by_routers(), prefill);
-        let single: Vec<(Vec<Vec<f32>>, Vec<usize>, Vec<LayerScore>)> = prompts
+        type Run = (Vec<Vec<f32>>, Vec<usize>, Vec<LayerScore>);
+        let single: Vec<Run> = prompts
             .iter()
             .map(|p| {
                 let mut state = m.new_state(1).unwrap();

@@ -370,7 +370,8 @@ fn recipes_are_checked() {
     assert!(recipe().validate(c).is_ok());
     let weights = recipe().weights();
     assert!((weights[1] / weights[0] - 0.8).abs() < 1e-12);
-    let broken: [(&str, fn(&mut TransferRecipe)); 8] = [
+    type Change = fn(&mut TransferRecipe);
+    let broken: [(&str, Change); 8] = [
         ("transfer_layers", |r| r.layers = vec![4]),
         ("transfer_layers", |r| r.layers.clear()),
         ("steps", |r| r.steps = 0),
