@@ -73,12 +73,15 @@ fn true_false_and_undecided_claims() {
         (2.0, Claim::level("rate", "b").above(2.9), Verdict::Fails),
         (1.2, Claim::level("rate", "b").always(1.0), Verdict::Fails),
     ];
-    for (ratio, claim, verdict) in cases {
-        let outcome = run(vec![claim.clone()], 12, ratio, dir.path());
-        let judged = &outcome.result.claims[0];
-        assert_eq!(judged.verdict, verdict, "{ratio} {claim:?} {judged:?}");
-        assert_eq!((judged.n, &judged.paper), (12, &claim.paper));
-        let again = run(vec![claim], 12, ratio, dir.path());
+    for ratio in [0.8, 1.0, 1.2, 2.0] {
+        let of_ratio: Vec<_> = cases.iter().filter(|case| case.0 == ratio).collect();
+        let claims: Vec<Claim> = of_ratio.iter().map(|case| case.1.clone()).collect();
+        let outcome = run(claims.clone(), 12, ratio, dir.path());
+        for ((_, claim, verdict), judged) in of_ratio.into_iter().zip(&outcome.result.claims) {
+            assert_eq!(judged.verdict, *verdict, "{ratio} {claim:?} {judged:?}");
+            assert_eq!((judged.n, &judged.paper), (12, &claim.paper));
+        }
+        let again = run(claims, 12, ratio, dir.path());
         assert_eq!(again.result.claims, outcome.result.claims, "it is seeded");
     }
     let outcome = run(vec![faster()], 12, 1.2, dir.path());

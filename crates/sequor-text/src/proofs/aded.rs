@@ -145,7 +145,7 @@ fn adapting<'m>(pipeline: &'m TextPipeline, table: &TrigramTable) -> Result<Arms
 }
 
 pub(super) fn run(bench: &mut Bench<'_>, say: &mut dyn FnMut(&str)) -> Result<Outcome> {
-    let mut recorder = Recorder::start(proof(), bench.setup(&BTreeMap::new())?)?;
+    let mut recorder = Recorder::start(proof(), bench.setup(&BTreeMap::new(), say)?)?;
     say("counting the trigrams of the New Testament");
     let bible = Bible::open(&bench.resolver().resolve_data("bible-web")?.path)?;
     let table = table(&bench.pipeline, &bible)?;

@@ -83,19 +83,11 @@ impl<'o> Bench<'o> {
             model_name,
             options.load.dtype
         ));
-        say("measuring what a pass over several rows costs");
-        let curve = pipeline.model().measure_cost()?;
-        let cost: Vec<Value> = curve
-            .rows()
-            .iter()
-            .map(|&rows| json!([rows, curve.relative(rows)]))
-            .collect();
         let mut settings = Map::new();
         settings.insert("model".into(), model_name.clone().into());
         settings.insert("dtype".into(), options.load.dtype.to_string().into());
         settings.insert("new_tokens".into(), size.new_tokens.into());
         settings.insert("prompt_tokens".into(), size.prompt_tokens.into());
-        settings.insert("cost_of_rows".into(), cost.into());
         let mut setup = Setup {
             command: options.command.clone(),
             seeds: vec![SEED],
@@ -133,8 +125,21 @@ impl<'o> Bench<'o> {
     }
 
     /// What the run is recorded with; `heads` are the folders of further weights by name.
-    pub fn setup(&self, heads: &BTreeMap<String, PathBuf>) -> Result<Setup> {
+    /// Measures what a pass over several rows costs, which sizes of drafts may follow.
+    pub fn setup(
+        &self,
+        heads: &BTreeMap<String, PathBuf>,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Setup> {
+        say("measuring what a pass over several rows costs");
+        let curve = self.pipeline.model().measure_cost()?;
+        let cost: Vec<Value> = curve
+            .rows()
+            .iter()
+            .map(|&rows| json!([rows, curve.relative(rows)]))
+            .collect();
         let mut setup = self.setup.clone();
+        setup.settings.insert("cost_of_rows".into(), cost.into());
         for (name, folder) in heads {
             setup.weights_sha256.extend(weights_sha256(name, folder)?);
         }

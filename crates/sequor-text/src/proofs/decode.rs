@@ -40,8 +40,6 @@ pub(super) struct Ask<'a> {
 pub(super) struct Call {
     /// Tokens that it added.
     pub added: usize,
-    /// Length of the longest drafted path.
-    pub drafted: usize,
     /// Drafts that were accepted.
     pub accepted: usize,
     pub seconds: f64,
@@ -209,7 +207,6 @@ impl<M: TargetModel> Arm for Decode<'_, M> {
                     if after.calls > before.calls {
                         calls.push(Call {
                             added: added.len(),
-                            drafted: after.drafted_depths.saturating_sub(before.drafted_depths),
                             accepted: after.accepted.saturating_sub(before.accepted),
                             seconds,
                             draft_seconds: after.draft_seconds - before.draft_seconds,
@@ -233,8 +230,6 @@ impl<M: TargetModel> Arm for Decode<'_, M> {
 struct Snapshot {
     calls: usize,
     accepted: usize,
-    /// Every round adds one for every depth that it drafted.
-    drafted_depths: usize,
     draft_seconds: f64,
 }
 
@@ -243,7 +238,6 @@ impl Snapshot {
         Self {
             calls: report.target_calls,
             accepted: report.accepted,
-            drafted_depths: report.drafted_by_depth.iter().sum(),
             draft_seconds: report.draft_seconds,
         }
     }

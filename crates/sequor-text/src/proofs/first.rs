@@ -123,7 +123,7 @@ pub(super) fn run(bench: &mut Bench<'_>, say: &mut dyn FnMut(&str)) -> Result<Ou
     };
     let layers = base.config().layers;
     let keep = ((folder.config.kept * layers as f64).round() as usize).clamp(3, layers);
-    let mut setup = bench.setup(&folders)?;
+    let mut setup = bench.setup(&folders, say)?;
     setup.seeds.extend(0..SEEDS);
     let mut recorder = Recorder::start(proof(), setup)?;
     recorder.setting("layers", layers);

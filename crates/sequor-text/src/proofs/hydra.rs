@@ -178,7 +178,7 @@ pub(super) fn run(bench: &mut Bench<'_>, say: &mut dyn FnMut(&str)) -> Result<Ou
         folders.insert(name.clone(), folder);
         names.push((kind, arm, name));
     }
-    let mut recorder = Recorder::start(proof(), bench.setup(&folders)?)?;
+    let mut recorder = Recorder::start(proof(), bench.setup(&folders, say)?)?;
     let loaded = Loaded::new(&bench.pipeline, &folders, &names, bench.options.load.dtype)?;
     let tree = loaded.shared_tree();
     recorder.setting("tree_depth_nodes", vec![TREE.0, TREE.1]);

@@ -16,7 +16,6 @@ fn model() -> PathBuf {
 fn only_what_comes_before_a_loop_counts() {
     let call = |added| Call {
         added,
-        drafted: 4,
         accepted: added - 1,
         seconds: 1.0,
         draft_seconds: 0.25,

@@ -117,7 +117,7 @@ pub(super) fn run(bench: &mut Bench<'_>, say: &mut dyn FnMut(&str)) -> Result<Ou
     let medusa = find(bench, HeadsKind::Medusa, say)?;
     let transfer = find(bench, HeadsKind::HiddenTransfer, say)?;
     let folders = BTreeMap::from([medusa.clone(), transfer.clone()]);
-    let mut recorder = Recorder::start(proof(), bench.setup(&folders)?)?;
+    let mut recorder = Recorder::start(proof(), bench.setup(&folders, say)?)?;
     let load =
         |pipeline: &TextPipeline, dtype| Loaded::new(pipeline, &medusa.1, &transfer.1, dtype);
     let loaded = load(&bench.pipeline, bench.options.load.dtype)?;

@@ -129,7 +129,7 @@ pub(super) fn loss(
 }
 
 /// Counts the ranks of the true tokens along chains of own predictions that begin at answers
-/// of the batch, one in [`SPACING`].
+/// of the batch, two in [`SPACING`]: every pass over a batch serves one of them.
 pub(super) fn measure(
     lesson: &Lesson<'_>,
     heads: &Heads,
@@ -139,7 +139,7 @@ pub(super) fn measure(
     let depth = lesson.recipe.depth;
     let time = batch.time().max(1);
     let embeds = lesson.embeds(batch)?;
-    for offset in [0, SPACING / 4, SPACING / 2, 3 * SPACING / 4] {
+    for offset in [0, SPACING / 2] {
         let chain = |p: usize| (p % time) % SPACING == offset;
         let mut begins = batch.places(2, Row::is_answer);
         begins.retain(|&p| chain(p));

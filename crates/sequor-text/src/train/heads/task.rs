@@ -107,7 +107,7 @@ impl Lesson<'_> {
     }
 
     /// Guesses of `heads` for held-out answers against the text: counts, mean loss. Stops
-    /// after about `most` positions.
+    /// after about `most` answered positions (of which EAGLE's chains count a part).
     pub fn measure(&self, heads: &Heads, most: u64) -> Result<(Table, f64)> {
         let _no_grad = no_grad_guard();
         let (mut table, mut loss, mut places) = (Table::default(), 0.0, 0);
@@ -129,7 +129,7 @@ impl Lesson<'_> {
             } else {
                 self.count(heads, &batch, &mut table)?;
             }
-            if table.positions() >= most {
+            if places as u64 >= most {
                 break;
             }
         }
