@@ -9,7 +9,8 @@ use sequor_backbone::{CausalLm, Subnetwork};
 use sequor_data::Resolver;
 use sequor_nn::{Kind, Tensor};
 use sequor_sampling::draft::{
-    DraftMode, Jacobi, Lookahead, LookaheadOptions, StaticTree, Topology, Trigram, TrigramOptions,
+    Copying, DraftMode, Jacobi, Joined, Lookahead, LookaheadOptions, StaticTree, Topology, Trigram,
+    TrigramOptions,
 };
 use sequor_sampling::verify::Neighbours;
 use sequor_sampling::{DepthPolicy, DraftModel, Drafter, Options, PromptLookup};
@@ -134,19 +135,32 @@ pub(crate) fn drafter<'p>(
     sampling: &mut Options,
 ) -> Result<Option<Box<dyn Drafter + 'p>>> {
     let model = pipeline.model();
-    let shaped = matches!(options.speculate, Speculate::Heads(_) | Speculate::Auto);
+    let shaped = options.speculate.heads().is_some() || options.speculate == Speculate::Auto;
     if options.shape != Shape::Default && !shaped {
         return Err(Error::Input(format!(
             "the shape of drafts can be chosen for heads; {} has its own",
             options.speculate
         )));
     }
+    let loaded = |kind: HeadKind| {
+        pipeline.heads(kind).ok_or_else(|| {
+            Error::Input(format!(
+                "{} heads have not been loaded: call load_heads or prepare first",
+                kind.name()
+            ))
+        })
+    };
+    let with_copies = |heads| -> Result<Box<dyn Drafter + 'p>> {
+        let heads = from_heads(model, heads, options.shape)?;
+        Ok(Box::new(Joined::new(Copying::default(), heads)?))
+    };
     Ok(Some(match &options.speculate {
         Speculate::Off => return Ok(None),
         Speculate::Auto => match PREFERRED.iter().find_map(|&kind| pipeline.heads(kind)) {
-            Some(heads) => from_heads(model, heads, options.shape)?,
-            None => Box::new(PromptLookup::default()),
+            Some(heads) => with_copies(heads)?,
+            None => Box::new(Copying::default()),
         },
+        Speculate::Copy => Box::new(Copying::default()),
         Speculate::PromptLookup => Box::new(PromptLookup::default()),
         Speculate::Trigram => Box::new(Trigram::new(TrigramOptions::default())?),
         Speculate::Jacobi => {
@@ -177,15 +191,8 @@ pub(crate) fn drafter<'p>(
             })?;
             Box::new(DraftModel::new(draft, DraftMode::Greedy)?)
         }
-        Speculate::Heads(kind) => {
-            let heads = pipeline.heads(*kind).ok_or_else(|| {
-                Error::Input(format!(
-                    "{} heads have not been loaded: call load_heads or prepare first",
-                    kind.name()
-                ))
-            })?;
-            from_heads(model, heads, options.shape)?
-        }
+        Speculate::Heads(kind) => from_heads(model, loaded(*kind)?, options.shape)?,
+        Speculate::CopyAndHeads(kind) => with_copies(loaded(*kind)?)?,
     }))
 }
 

@@ -83,6 +83,8 @@ pub enum Speculate {
     Auto,
     /// Copies what followed the last words earlier in the text.
     PromptLookup,
+    /// Copies what followed the longest repetition, as far as copies have been right.
+    Copy,
     /// A table of what followed pairs of tokens, learnt as it goes, and a tree search in it
     /// (ADED).
     Trigram,
@@ -96,12 +98,18 @@ pub enum Speculate {
     Draft(String),
     /// Heads trained for the target.
     Heads(HeadKind),
+    /// Heads and copies in one tree.
+    CopyAndHeads(HeadKind),
 }
+
+/// Written before the name of heads that copies are joined with.
+const COPY_AND: &str = "copy+";
 
 impl Speculate {
     /// The methods that need nothing but the target, for lists and messages.
-    pub const BARE: [&str; 5] = [
+    pub const BARE: [&str; 6] = [
         "prompt-lookup",
+        "copy",
         "trigram",
         "jacobi",
         "lookahead",
@@ -119,7 +127,7 @@ impl Speculate {
     /// The heads that must be loaded, if any.
     pub fn heads(&self) -> Option<HeadKind> {
         match self {
-            Self::Heads(kind) => Some(*kind),
+            Self::Heads(kind) | Self::CopyAndHeads(kind) => Some(*kind),
             _ => None,
         }
     }
@@ -131,6 +139,7 @@ impl fmt::Display for Speculate {
             Self::Off => f.write_str("off"),
             Self::Auto => f.write_str("auto"),
             Self::PromptLookup => f.write_str("prompt-lookup"),
+            Self::Copy => f.write_str("copy"),
             Self::Trigram => f.write_str("trigram"),
             Self::Jacobi => f.write_str("jacobi"),
             Self::Lookahead => f.write_str("lookahead"),
@@ -138,6 +147,7 @@ impl fmt::Display for Speculate {
             Self::EarlyExit(Some(layers)) => write!(f, "early-exit={layers}"),
             Self::Draft(name) => write!(f, "draft={name}"),
             Self::Heads(kind) => f.write_str(kind.name()),
+            Self::CopyAndHeads(kind) => write!(f, "{COPY_AND}{}", kind.name()),
         }
     }
 }
@@ -159,13 +169,17 @@ impl FromStr for Speculate {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self> {
-        if let Some(kind) = HeadKind::ALL.into_iter().find(|k| k.name() == s) {
+        let heads = |name: &str| HeadKind::ALL.into_iter().find(|k| k.name() == name);
+        if let Some(kind) = heads(s) {
             return Ok(Self::Heads(kind));
+        }
+        if let Some(kind) = s.strip_prefix(COPY_AND).and_then(heads) {
+            return Ok(Self::CopyAndHeads(kind));
         }
         let unknown = || {
             let heads = HeadKind::ALL.map(HeadKind::name).join(", ");
             Error::Input(format!(
-                "unknown speculation method '{s}': choose off, auto, {}, early-exit=LAYERS, draft=MODEL, {heads}",
+                "unknown speculation method '{s}': choose off, auto, {}, early-exit=LAYERS, draft=MODEL, {heads}, or {COPY_AND} and one of these heads",
                 Self::BARE.join(", ")
             ))
         };
@@ -173,6 +187,7 @@ impl FromStr for Speculate {
             "off" | "none" => Ok(Self::Off),
             "auto" => Ok(Self::Auto),
             "prompt-lookup" => Ok(Self::PromptLookup),
+            "copy" => Ok(Self::Copy),
             "trigram" => Ok(Self::Trigram),
             "jacobi" => Ok(Self::Jacobi),
             "lookahead" => Ok(Self::Lookahead),

@@ -246,7 +246,7 @@ impl Drafter for HeadDrafter<'_> {
         true
     }
 
-    fn expected_tokens(&self, nodes: usize) -> Option<f64> {
-        self.worth.as_ref().map(|tree| tree.expected_tokens(nodes))
+    fn chances(&mut self, _ctx: &DraftContext<'_>) -> Option<Vec<f64>> {
+        self.worth.as_ref().map(|tree| tree.chances().to_vec())
     }
 }

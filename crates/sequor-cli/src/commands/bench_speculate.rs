@@ -71,6 +71,7 @@ fn everything(
         .map(|name| name.parse())
         .collect::<sequor_text::Result<_>>()?;
     methods.extend(HeadKind::ALL.map(Speculate::Heads));
+    methods.push(Speculate::CopyAndHeads(HeadKind::HydraPlus));
     methods.push(Speculate::Auto);
     let mut found = Vec::new();
     for speculate in methods {

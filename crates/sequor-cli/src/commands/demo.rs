@@ -106,11 +106,16 @@ fn best_heads(
     let resolver = Resolver::from_env().offline(true);
     for kind in [HeadKind::HydraPlus, HeadKind::Eagle, HeadKind::Medusa] {
         let options = TextOptions {
-            speculate: Speculate::Heads(kind),
+            speculate: Speculate::CopyAndHeads(kind),
             ..TextOptions::default()
         };
         match pipeline.prepare(&options, loading, &resolver, None) {
-            Ok(()) => return Ok(Some((format!("{} heads", kind.name()), options.speculate))),
+            Ok(()) => {
+                return Ok(Some((
+                    format!("copies and {} heads", kind.name()),
+                    options.speculate,
+                )));
+            }
             // None were trained for this model.
             Err(e) if e.is_usage() => {}
             Err(e) => return Err(e.into()),

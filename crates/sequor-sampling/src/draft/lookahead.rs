@@ -263,9 +263,9 @@ impl Drafter for Lookahead {
         true
     }
 
-    fn expected_tokens(&self, nodes: usize) -> Option<f64> {
+    fn chances(&mut self, _ctx: &DraftContext<'_>) -> Option<Vec<f64>> {
         // The window pays later, through the pool: every row counts the same.
         let full = self.options.nodes();
-        Some(1.0 + 0.7 * nodes.min(full) as f64 / full as f64)
+        Some(vec![0.7 / full.max(1) as f64; full])
     }
 }

@@ -8,10 +8,12 @@
 //! |---|---|---|
 //! | [`NoDraft`] | nothing: plain decoding | - |
 //! | [`PromptLookup`] | what followed the last words before | chain |
+//! | [`Copying`] | what followed the longest repetition, as far as copies were right | chain |
 //! | [`Trigram`] | what follows such pairs of tokens, learned on the way (ADED) | tree |
 //! | [`Jacobi`] | what the target said about the last guesses | chain |
 //! | [`Lookahead`] | n-grams found in a Jacobi window | tree |
 //! | [`DraftModel`] | what a smaller model says | chain |
+//! | [`Joined`] | what two drafters guess | tree |
 //! | anything with an [`Expander`] | ranked continuations: heads, draft layers | [`Topology`] |
 //!
 //! A rule for stopping early may use what is known *before* a unit is drawn (entropy or
@@ -58,8 +60,10 @@
 //! # Ok::<(), sequor_sampling::Error>(())
 //! ```
 
+mod copy;
 pub mod grow;
 mod jacobi;
+mod joined;
 mod lookahead;
 mod model;
 mod none;
@@ -73,8 +77,10 @@ use sequor_nn::Tensor;
 use crate::Result;
 use crate::tree::DraftTree;
 
+pub use copy::Copying;
 pub use grow::{Expander, StaticTree, Topology, grow};
 pub use jacobi::Jacobi;
+pub use joined::Joined;
 pub use lookahead::{Lookahead, LookaheadOptions};
 pub use model::{DraftMode, DraftModel};
 pub use none::NoDraft;
@@ -172,11 +178,12 @@ pub trait Drafter {
         false
     }
 
-    /// For drafters of trees: tokens that a round with `nodes` drafted nodes yields on
-    /// average, the target's own included, by the drafter's own estimate (for instance
-    /// [`StaticTree::expected_tokens`]). The loop chooses the number of nodes by it, scaled
-    /// by what it sees, and by what rows cost. `None` means chains: one node per level.
-    fn expected_tokens(&self, _nodes: usize) -> Option<f64> {
+    /// For drafters of trees: the chance that each node of the next proposal is accepted,
+    /// most likely first, by the drafter's own estimate (for instance
+    /// [`StaticTree::chances`]). A round with `n` nodes is then expected to yield one token
+    /// plus the sum of the first `n`. The loop chooses the number of nodes by it, scaled by
+    /// what it sees, and by what rows cost. `None` means chains: one node per level.
+    fn chances(&mut self, _ctx: &DraftContext<'_>) -> Option<Vec<f64>> {
         None
     }
 }
@@ -203,8 +210,8 @@ impl<D: Drafter + ?Sized> Drafter for &mut D {
     fn wants_best(&self) -> bool {
         (**self).wants_best()
     }
-    fn expected_tokens(&self, nodes: usize) -> Option<f64> {
-        (**self).expected_tokens(nodes)
+    fn chances(&mut self, ctx: &DraftContext<'_>) -> Option<Vec<f64>> {
+        (**self).chances(ctx)
     }
 }
 
@@ -230,7 +237,7 @@ impl<D: Drafter + ?Sized> Drafter for Box<D> {
     fn wants_best(&self) -> bool {
         (**self).wants_best()
     }
-    fn expected_tokens(&self, nodes: usize) -> Option<f64> {
-        (**self).expected_tokens(nodes)
+    fn chances(&mut self, ctx: &DraftContext<'_>) -> Option<Vec<f64>> {
+        (**self).chances(ctx)
     }
 }

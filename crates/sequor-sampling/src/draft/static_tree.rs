@@ -160,6 +160,12 @@ impl StaticTree {
         self.paths.iter().map(Vec::len).max().unwrap_or(0)
     }
 
+    /// Probability that each of [`paths`](Self::paths) is accepted.
+    #[must_use]
+    pub fn chances(&self) -> &[f64] {
+        &self.chances
+    }
+
     /// Tokens that a round with the first `nodes` nodes yields on average, the target's
     /// own token included.
     #[must_use]

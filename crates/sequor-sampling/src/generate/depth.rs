@@ -187,15 +187,18 @@ impl DepthController {
     }
 
     /// Depth and nodes of the next draft tree, paths at most `cap` long and at most `room`
-    /// nodes. `expected(n)` is how many tokens the drafter expects of `n` nodes.
-    pub fn choose_tree(
-        &mut self,
-        cap: usize,
-        room: usize,
-        expected: impl Fn(usize) -> f64,
-    ) -> (usize, usize) {
+    /// nodes. `chances` are those of [`Drafter::chances`](crate::Drafter::chances).
+    pub fn choose_tree(&mut self, cap: usize, room: usize, chances: &[f64]) -> (usize, usize) {
         let depth = cap.min(self.policy.max());
         let most = room.min(nodes::MAX_NODES);
+        let mut expected = vec![0.0];
+        expected.extend(chances.iter().take(most).scan(0.0, |sum, chance| {
+            *sum += chance;
+            Some(*sum)
+        }));
+        // More nodes than the drafter has an opinion of bring nothing.
+        let expected = |nodes: usize| expected.get(nodes).or(expected.last()).copied();
+        let expected = |nodes: usize| expected(nodes).unwrap_or(0.0);
         let nodes = match self.policy {
             _ if depth == 0 => 0,
             _ if !self.repeatable => most.min(nodes::STEADY_NODES),
@@ -207,7 +210,7 @@ impl DepthController {
         if nodes == 0 {
             return (0, 0);
         }
-        self.tree.expect(expected(nodes) - 1.0);
+        self.tree.expect(expected(nodes));
         (depth, nodes)
     }
 
@@ -228,7 +231,7 @@ impl DepthController {
         let may_owe = if unknown { CREDIT } else { allowed };
         if most > 0 && due && affordable(1, may_owe) {
             self.since_draft = 0;
-            self.tree.forget(expected(1) - 1.0);
+            self.tree.forget(expected(1));
             return 1;
         }
         self.since_draft += 1;

@@ -1,7 +1,7 @@
 //! How many nodes a draft tree gets.
 //!
-//! A tree of `n` nodes yields `1 + s (expected(n) - 1)` tokens, where `expected` is the
-//! drafter's own estimate and `s` is how its estimates turned out so far. It costs
+//! A tree of `n` nodes yields `1 + s expected(n)` tokens, where `expected` is the drafter's
+//! own estimate of accepted drafts and `s` is how its estimates turned out so far. It costs
 //! `c(n+1)/c(1)` plain steps and the price of a proposal. The best `n` gives the most tokens
 //! per plain step.
 
@@ -50,7 +50,7 @@ impl TreeExperience {
         let scale = self.sum_accepted / self.sum_expected;
         let mut best = (0, 1.0);
         for nodes in 1..=most {
-            let rate = (1.0 + scale * (expected(nodes) - 1.0)) / cost(nodes);
+            let rate = (1.0 + scale * expected(nodes)) / cost(nodes);
             if rate > best.1 {
                 best = (nodes, rate);
             }

@@ -28,10 +28,10 @@ pub struct Options {
     /// How deep to draft.
     pub depth: DepthPolicy,
     /// Most nodes of a draft tree. `None` for as many as pay best where the drafter knows
-    /// what they are worth ([`Drafter::expected_tokens`]), and else for one per level, which
+    /// what they are worth ([`Drafter::chances`]), and else for one per level, which
     /// is a chain.
     ///
-    /// [`Drafter::expected_tokens`]: crate::Drafter::expected_tokens
+    /// [`Drafter::chances`]: crate::Drafter::chances
     pub draft_nodes: Option<usize>,
     /// When a draft is accepted.
     pub acceptance: Acceptance,

@@ -311,16 +311,19 @@ impl<'d> Sequence<'d> {
         };
         // Every node takes a row of the state.
         let room = self.context - self.tokens.len();
-        let (depth, nodes) = match self.draft_nodes {
-            None if drafter.expected_tokens(1).is_some() => {
-                let worth = |nodes| drafter.expected_tokens(nodes).unwrap_or(1.0);
-                self.depth.choose_tree(cap, room, worth)
-            }
+        let ctx = DraftContext {
+            tokens: &self.tokens,
+            prompt_len: self.prompt_len,
+            max_length: self.end,
+            eos: &self.eos,
+            key: self.key,
+            features: self.features.as_ref(),
+        };
+        let (depth, nodes) = match (self.draft_nodes, drafter.chances(&ctx)) {
+            (None, Some(chances)) => self.depth.choose_tree(cap, room, &chances),
             // The size of the tree is what is paid for; its depth costs nothing more.
-            Some(nodes) if drafter.expected_tokens(1).is_some() => {
-                (cap.min(self.depth.max()), nodes.min(room))
-            }
-            nodes => {
+            (Some(nodes), Some(_)) => (cap.min(self.depth.max()), nodes.min(room)),
+            (nodes, None) => {
                 let depth = self.depth.choose(cap);
                 (depth, nodes.unwrap_or(depth).min(room))
             }
@@ -330,18 +333,9 @@ impl<'d> Sequence<'d> {
             self.report.switched_off += usize::from(self.depth.max() > 0);
             return Ok(Default::default());
         }
-        let features = self.features.take();
-        let ctx = DraftContext {
-            tokens: &self.tokens,
-            prompt_len: self.prompt_len,
-            max_length: self.end,
-            eos: &self.eos,
-            key: self.key,
-            features: features.as_ref(),
-        };
-        let tree = drafter
-            .propose(&ctx, Budget { depth, nodes })?
-            .cut(depth, nodes);
+        let proposed = drafter.propose(&ctx, Budget { depth, nodes });
+        self.features = None;
+        let tree = proposed?.cut(depth, nodes);
         if let Some(token) = tree.units().iter().find(|&&t| t as usize >= self.vocab) {
             let what = format!(
                 "proposed token {token}, the target's vocabulary has {}",

@@ -6,8 +6,8 @@ use sequor_kernels::cost::CostCurve;
 
 use super::toy::{DrawnTree, Grown, Markov, RankTree};
 use crate::draft::{
-    DraftMode, DraftModel, Drafter, Jacobi, Lookahead, LookaheadOptions, NoDraft, PromptLookup,
-    StaticTree, Topology, Trigram, TrigramOptions, TrigramTable, Vocabulary,
+    Copying, DraftMode, DraftModel, Drafter, Jacobi, Joined, Lookahead, LookaheadOptions, NoDraft,
+    PromptLookup, StaticTree, Topology, Trigram, TrigramOptions, TrigramTable, Vocabulary,
 };
 use crate::generate::{Request, generate_batch};
 use crate::mirostat::{MirostatConfig, MirostatVersion};
@@ -143,6 +143,20 @@ fn decoders() -> Vec<Decoder> {
                 Some(Box::new(Trigram::new(TrigramOptions::default()).unwrap()))
             })
         },
+        decoder("copy, auto", Auto { max: 8 }, || {
+            Some(Box::new(Copying::default()))
+        }),
+        Decoder {
+            nodes: Some(12),
+            ..decoder("copy and a tree", Fixed(5), || {
+                let tree = grown(Topology::Dynamic { top_k: 3 })?;
+                Some(Box::new(Joined::new(Copying::default(), tree).unwrap()))
+            })
+        },
+        decoder("copy and a tree, auto", Auto { max: 5 }, || {
+            let tree = grown(Topology::Static(shape()))?;
+            Some(Box::new(Joined::new(Copying::default(), tree).unwrap()))
+        }),
         decoder("trigram, auto", Auto { max: 5 }, || {
             Some(Box::new(Trigram::new(TrigramOptions::default()).unwrap()))
         }),

@@ -7,8 +7,8 @@ use sequor_kernels::rng::Key;
 use super::laws::{LEN, RUNS, Toy, V, assert_law, tokens_of};
 use super::toy::{Grown, Markov};
 use crate::draft::{
-    Budget, DraftContext, DraftMode, DraftModel, Drafter, Feedback, Jacobi, Lookahead,
-    LookaheadOptions, TreeSearch, Trigram, TrigramOptions,
+    Budget, Copying, DraftContext, DraftMode, DraftModel, Drafter, Feedback, Jacobi, Joined,
+    Lookahead, LookaheadOptions, TreeSearch, Trigram, TrigramOptions,
 };
 use crate::generate::{Event, Request, generate_batch};
 use crate::state::SequenceState;
@@ -89,6 +89,12 @@ fn grown(topology: Topology) -> Grown {
     }
 }
 
+/// Copies beside a tree of guesses.
+fn joined() -> Box<dyn Drafter> {
+    let tree = grown(Topology::Dynamic { top_k: 3 });
+    Box::new(Joined::new(Copying::default(), tree).unwrap())
+}
+
 /// The drafters live through all runs: what they learn must not bias what they check.
 #[test]
 fn every_drafter_follows_the_law() {
@@ -103,6 +109,7 @@ fn every_drafter_follows_the_law() {
             Box::new(grown(Topology::Dynamic { top_k: 2 })),
             budget(3, 6),
         ),
+        (joined(), budget(3, 9)),
     ];
     let toy = Toy::peaked();
     for (mut drafter, budget) in drafters {
@@ -275,6 +282,7 @@ fn fresh(kind: usize) -> Box<dyn Drafter> {
         0 => Box::new(small_trigram()),
         1 => Box::new(Jacobi::new(4).unwrap()),
         2 => Box::new(small_lookahead()),
+        3 => joined(),
         _ => Box::new(Grown {
             guess: Markov::new(9, 2, 2.5, 1),
             topology: Topology::Dynamic { top_k: 3 },
@@ -293,7 +301,7 @@ fn budgets_and_limits_of_trees() {
         .generate(&[1, 2], None, |_| ControlFlow::Continue(()))
         .unwrap();
     assert_eq!(plain.tokens.len(), 28);
-    for kind in 0..4 {
+    for kind in 0..5 {
         for nodes in [0, 1, 5, 10_000] {
             // Deeper than the context is long; the toy asserts that no row is beyond it.
             let options = Options::from(GenerationConfig::sampling(0.8))
@@ -316,7 +324,7 @@ fn cancelled_at_every_step() {
         .max_new_tokens(20)
         .depth(DepthPolicy::Fixed(4))
         .draft_nodes(9);
-    for kind in 0..4 {
+    for kind in 0..5 {
         let generator = Generator::new(&target, options.clone()).unwrap();
         let whole = generator
             .generate(&[1, 2, 3], Some(fresh(kind)), |_| ControlFlow::Continue(()))

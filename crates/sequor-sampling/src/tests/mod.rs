@@ -11,7 +11,7 @@ mod parity;
 mod processors;
 mod relaxed;
 mod throughput;
-mod toy;
+pub mod toy;
 mod trigram;
 mod units;
 mod verifiers;

@@ -247,9 +247,9 @@ impl Drafter for Grown {
         crate::grow(&mut Ranks(&self.guess, ctx.tokens), &self.topology, budget)
     }
     fn reset(&mut self) {}
-    fn expected_tokens(&self, nodes: usize) -> Option<f64> {
+    fn chances(&mut self, _ctx: &DraftContext<'_>) -> Option<Vec<f64>> {
         match &self.topology {
-            Topology::Static(shape) => Some(shape.expected_tokens(nodes)),
+            Topology::Static(shape) => Some(shape.chances().to_vec()),
             _ => None,
         }
     }

@@ -214,8 +214,8 @@ impl Drafter for Trigram {
         self.seen.clear();
     }
 
-    fn expected_tokens(&self, nodes: usize) -> Option<f64> {
-        Some(self.shape.expected_tokens(nodes))
+    fn chances(&mut self, _ctx: &DraftContext<'_>) -> Option<Vec<f64>> {
+        Some(self.shape.chances().to_vec())
     }
 }
 
