@@ -230,6 +230,9 @@ pub struct BenchSpeculate {
     /// Prompts per kind of task
     #[arg(long, default_value_t = 2, value_name = "N")]
     pub per_kind: usize,
+    /// Longest prompt in tokens; from longer ones the middle is cut out
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub prompt_tokens: usize,
     /// Tokens generated per prompt
     #[arg(long, default_value_t = 96, value_name = "N")]
     pub tokens: usize,

@@ -16,9 +16,6 @@ use crate::prompts::{PromptSet, before_repeat};
 use crate::stream::Generation;
 use crate::{Error, Result};
 
-/// Longest prompt, in tokens.
-const PROMPT: usize = 512;
-
 /// What is measured.
 #[derive(Clone, Debug)]
 pub struct MatrixBench {
@@ -26,6 +23,8 @@ pub struct MatrixBench {
     pub methods: Vec<(String, TextOptions)>,
     /// Prompts per kind.
     pub per_kind: usize,
+    /// Longest prompt, in tokens; from longer ones the middle is cut out.
+    pub prompt_tokens: usize,
     /// Tokens per prompt.
     pub tokens: usize,
     /// Temperature; 0 is greedy.
@@ -143,7 +142,7 @@ pub fn bench_matrix(
         ..options.clone()
     };
     for (i, prompt) in chosen.iter().enumerate() {
-        let encoded = prompts_encode(pipeline, prompt)?;
+        let encoded = prompt.encode(pipeline, bench.prompt_tokens)?.tokens;
         let plain = pipeline
             .stream_tokens(&encoded, &with(&TextOptions::default()))?
             .collect_all()?;
@@ -188,10 +187,6 @@ pub fn bench_matrix(
         tokens: bench.tokens,
         cells,
     })
-}
-
-fn prompts_encode(pipeline: &TextPipeline, prompt: &crate::prompts::Prompt) -> Result<Vec<u32>> {
-    Ok(prompt.encode(pipeline, PROMPT)?.tokens)
 }
 
 impl Matrix {

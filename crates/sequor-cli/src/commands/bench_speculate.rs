@@ -47,6 +47,7 @@ pub fn run(a: &BenchSpeculate) -> Result {
     let bench = MatrixBench {
         methods: named,
         per_kind: a.per_kind,
+        prompt_tokens: a.prompt_tokens,
         tokens: a.tokens,
         temperature: a.temperature,
     };

@@ -26,16 +26,42 @@ pub fn keep_top_k(scores: &mut [f32], k: usize, min_keep: usize) -> bool {
 /// Nucleus: keeps the smallest set of best entries that holds at least `top_p` of
 /// the probability. `top_p >= 1` removes nothing.
 pub fn keep_top_p(scores: &mut [f32], top_p: f64, min_keep: usize) -> bool {
-    let Some(extent) = Extent::of(scores) else {
-        return false;
-    };
-    if top_p >= 1.0 {
-        return true;
-    }
-    if let Some(last) = cut_by_score(scores, extent, top_p, min_keep) {
-        remove_after(scores, last.score, last.index);
+    match Nucleus::of(scores, top_p, min_keep) {
+        None => return false,
+        Some(Nucleus::Everything) => {}
+        Some(Nucleus::UpTo { score, index }) => remove_after(scores, score, index),
     }
     true
+}
+
+/// What top-p keeps of a row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Nucleus {
+    /// All of it.
+    Everything,
+    /// What is better than this entry, the entry, and what equals it at a lower index.
+    UpTo {
+        /// Its score.
+        score: f32,
+        /// Its index.
+        index: usize,
+    },
+}
+
+impl Nucleus {
+    /// The nucleus of `scores`, as [`keep_top_p`] takes it; `None` if the row is bad.
+    #[must_use]
+    pub fn of(scores: &[f32], top_p: f64, min_keep: usize) -> Option<Self> {
+        let extent = Extent::of(scores)?;
+        if top_p >= 1.0 {
+            return Some(Self::Everything);
+        }
+        let last = cut_by_score(scores, extent, top_p, min_keep);
+        Some(last.map_or(Self::Everything, |last| Self::UpTo {
+            score: last.score,
+            index: last.index,
+        }))
+    }
 }
 
 /// Keeps what has at least `min_p` times the probability of the best. Only a

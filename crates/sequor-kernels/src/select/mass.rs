@@ -3,7 +3,9 @@
 //! bucket that matters.
 
 use super::best::descending;
-use super::lanes::{Extent, LANES, REMOVED, each, exp_of_nonpositive, groups, has_live};
+use super::lanes::{
+    Extent, LANES, REMOVED, each, exp_of_nonpositive, groups, has_live, weight_sum,
+};
 use super::wide::wide;
 
 /// Buckets of the histogram; a power of two.
@@ -12,6 +14,9 @@ const BUCKETS: usize = 1024;
 /// Beyond this distance in nats all entries share the last bucket: what lies there
 /// weighs nothing, so that finer buckets would be wasted on it.
 const WIDEST: f32 = 32.0;
+
+/// So many entries are ordered one by one rather than by a histogram.
+const FEW: usize = 1024;
 
 /// An order of the entries of a row.
 trait Order {
@@ -40,6 +45,9 @@ wide! {
         min_keep: usize,
     ) -> Option<Cut> {
         let order = ByScore { max: extent.max };
+        if let Some(cut) = cut_among_few(scores, extent, &order, share, min_keep) {
+            return Some(cut);
+        }
         let reach = order.distance(extent.min);
         cut(scores, extent, &order, reach, share, min_keep)
     }
@@ -119,6 +127,48 @@ impl<O: Order> Buckets<'_, O> {
         };
         (position + ROUNDER).to_bits() & (2 * BUCKETS - 1) as u32
     }
+}
+
+/// The cut in the order of falling scores where few entries hold the mass, as in most rows
+/// of a trained model: entries so light that all of them together could not hold what is to
+/// be left out are passed over. `None` where the histogram has to decide.
+#[inline(always)]
+fn cut_among_few(
+    scores: &[f32],
+    extent: Extent,
+    order: &ByScore,
+    share: f64,
+    min_keep: usize,
+) -> Option<Cut> {
+    let total = weight_sum(scores, extent.max);
+    let wanted = share * total;
+    let light = (total - wanted) / scores.len() as f64;
+    // Half of it, so that rounding does not matter.
+    let bar = extent.max + (0.5 * light).ln() as f32;
+    let mut members: Vec<(u64, usize)> = Vec::with_capacity(FEW);
+    for (number, group) in groups(scores).enumerate() {
+        if group.iter().fold(false, |found, &x| found | (x >= bar)) {
+            if members.len() + LANES > FEW {
+                return None;
+            }
+            for lane in (0..LANES).filter(|&lane| group[lane] >= bar) {
+                members.push((order.exact(group[lane]), number * LANES + lane));
+            }
+        }
+    }
+    members.sort_unstable();
+    let mut mass = 0.0;
+    for (at, &(_, index)) in members.iter().enumerate() {
+        mass += f64::from(exp_of_nonpositive(scores[index] - extent.max));
+        if mass >= wanted && at + 1 >= min_keep {
+            return Some(Cut {
+                score: scores[index],
+                index,
+                by_mass: true,
+            });
+        }
+    }
+    None
 }
 
 /// The first entry in `order` at which the entries so far hold at least `share` of

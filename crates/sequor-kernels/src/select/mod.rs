@@ -7,8 +7,9 @@
 //! them can be compared entry for entry.
 //!
 //! **Nothing here sorts the vocabulary.** Best-k keeps a small buffer behind a
-//! rising threshold; top-p and typical sum probability mass in a histogram of
-//! scores and order only the one bucket in which the mass is reached.
+//! rising threshold; top-p orders what is not too light to matter where that is little;
+//! else it and typical sum probability mass in a histogram of scores and order only the
+//! one bucket in which the mass is reached.
 //!
 //! **Bad rows are reported, not repaired.** A row that holds NaN or plus infinity,
 //! or nothing but removed entries, has no distribution: the functions return
@@ -35,7 +36,7 @@ mod wide;
 pub use best::{top_k_threshold, top_n};
 pub use draw::{sample, sample_probs};
 pub use keep::{
-    keep_epsilon, keep_eta, keep_min_p, keep_top_h, keep_top_k, keep_top_p, keep_typical,
+    Nucleus, keep_epsilon, keep_eta, keep_min_p, keep_top_h, keep_top_k, keep_top_p, keep_typical,
 };
 pub use lanes::{
     argmax, divide_in_place, entropy, log_softmax_in_place, log_sum_exp, softmax_in_place,

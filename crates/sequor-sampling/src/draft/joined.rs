@@ -2,8 +2,8 @@
 //!
 //! Drafters fail at different places: heads guess well where the text is ordinary, a copy is
 //! right where the text repeats. A [`Joined`] drafter gives the next row to whichever of the
-//! two says it has the better chance ([`Drafter::chances`]), and checks both proposals in one
-//! pass. What both propose takes one row.
+//! two says it has the better chance ([`Drafter::chances`], scaled by how its words turned out
+//! so far), and checks both proposals in one pass. What both propose takes one row.
 
 use super::{Budget, DraftContext, Drafter, Feedback};
 use crate::tree::DraftTree;
@@ -12,6 +12,12 @@ use crate::{Error, Result};
 /// Chance of each further node of a drafter that says nothing of its chances, relative to the
 /// node before.
 const UNKNOWN: f64 = 0.5;
+/// Weight of the past in the running sums, per round.
+const MEMORY: f64 = 0.9;
+/// Drafts that count as accepted as expected at the beginning.
+const PRIOR: f64 = 2.0;
+/// Share of its record that a drafter is forgiven in a round without a row of its own.
+const FORGIVENESS: f64 = 0.02;
 
 /// What two drafters propose, as one tree.
 #[derive(Debug)]
@@ -19,8 +25,31 @@ pub struct Joined<A, B> {
     first: A,
     second: B,
     name: String,
-    /// The proposals of both and where their nodes are in the joined tree.
-    parts: [(DraftTree, Vec<usize>); 2],
+    parts: [Part; 2],
+}
+
+/// What one of the two proposed, and how its proposals fared.
+#[derive(Debug)]
+struct Part {
+    tree: DraftTree,
+    /// Where its nodes are in the joined tree.
+    places: Vec<usize>,
+    /// Accepted drafts that its chances promised for this proposal.
+    promised: f64,
+    sum_promised: f64,
+    sum_accepted: f64,
+}
+
+impl Default for Part {
+    fn default() -> Self {
+        Self {
+            tree: DraftTree::new(),
+            places: Vec::new(),
+            promised: 0.0,
+            sum_promised: PRIOR,
+            sum_accepted: PRIOR,
+        }
+    }
 }
 
 impl<A: Drafter, B: Drafter> Joined<A, B> {
@@ -45,8 +74,8 @@ impl<A: Drafter, B: Drafter> Joined<A, B> {
         })
     }
 
-    /// Chances of both, cut where they say nothing.
-    fn both(&mut self, ctx: &DraftContext<'_>) -> [Vec<f64>; 2] {
+    /// The chances that both state.
+    fn stated(&mut self, ctx: &DraftContext<'_>) -> [Vec<f64>; 2] {
         let unknown = || {
             let halves = std::iter::successors(Some(UNKNOWN), |c| Some(c * UNKNOWN));
             halves.take(8).collect()
@@ -55,6 +84,18 @@ impl<A: Drafter, B: Drafter> Joined<A, B> {
             self.first.chances(ctx).unwrap_or_else(unknown),
             self.second.chances(ctx).unwrap_or_else(unknown),
         ]
+    }
+
+    /// The chances of both, as far as they can be believed.
+    fn both(&mut self, ctx: &DraftContext<'_>) -> [Vec<f64>; 2] {
+        let mut both = self.stated(ctx);
+        for (chances, part) in both.iter_mut().zip(&self.parts) {
+            let scale = part.sum_accepted / part.sum_promised;
+            chances
+                .iter_mut()
+                .for_each(|chance| *chance = (*chance * scale).min(1.0));
+        }
+        both
     }
 
     /// How many of `nodes` nodes go to each.
@@ -109,13 +150,17 @@ impl<A: Drafter, B: Drafter> Drafter for Joined<A, B> {
         let second = self.second.propose(ctx, within(b))?.cut(budget.depth, b);
         let mut tree = DraftTree::new();
         let places = [merge(&mut tree, &first)?, merge(&mut tree, &second)?];
-        let [at_first, at_second] = places;
-        self.parts = [(first, at_first), (second, at_second)];
+        let stated = self.stated(ctx);
+        let proposed = [first, second].into_iter().zip(places).zip(stated);
+        for (part, ((tree, places), chances)) in self.parts.iter_mut().zip(proposed) {
+            part.promised = chances.iter().take(tree.len()).sum();
+            (part.tree, part.places) = (tree, places);
+        }
         Ok(tree)
     }
 
     fn observe(&mut self, feedback: &Feedback<'_>) {
-        let [first, second] = &self.parts;
+        let [first, second] = &mut self.parts;
         tell(&mut self.first, first, feedback);
         tell(&mut self.second, second, feedback);
     }
@@ -142,9 +187,12 @@ impl<A: Drafter, B: Drafter> Drafter for Joined<A, B> {
 }
 
 /// Tells a drafter what became of its own part.
-fn tell(drafter: &mut impl Drafter, part: &(DraftTree, Vec<usize>), feedback: &Feedback<'_>) {
-    let (tree, places) = part;
+fn tell(drafter: &mut impl Drafter, part: &mut Part, feedback: &Feedback<'_>) {
+    let (tree, places) = (&part.tree, &part.places);
     if tree.is_empty() {
+        // What was not asked for long deserves another try.
+        part.sum_promised += FORGIVENESS * (PRIOR - part.sum_promised);
+        part.sum_accepted += FORGIVENESS * (PRIOR - part.sum_accepted);
         return;
     }
     // Along the accepted path, as far as the part follows it.
@@ -164,6 +212,8 @@ fn tell(drafter: &mut impl Drafter, part: &(DraftTree, Vec<usize>), feedback: &F
         added: feedback.added,
         best: best.as_deref(),
     });
+    part.sum_promised = part.sum_promised * MEMORY + part.promised;
+    part.sum_accepted = part.sum_accepted * MEMORY + path.len() as f64;
 }
 
 #[cfg(test)]
@@ -256,6 +306,27 @@ mod tests {
         assert_eq!(small.units(), [5, 8]);
         let none = joined.propose(&CTX, Budget { depth: 0, nodes: 0 }).unwrap();
         assert!(none.is_empty());
+    }
+
+    #[test]
+    fn promises_that_are_not_kept_count_less() {
+        let never = Fixed::new(&[5], &[None], &[0.8]);
+        let always = Fixed::new(&[6], &[None], &[0.4]);
+        let mut joined = Joined::new(never, always).unwrap();
+        assert_eq!(joined.shares(&CTX, 1), [1, 0]);
+        for _ in 0..30 {
+            let tree = joined.propose(&CTX, Budget { depth: 1, nodes: 2 }).unwrap();
+            assert_eq!(tree.units(), [5, 6]);
+            joined.observe(&Feedback {
+                tree: &tree,
+                path: &[1],
+                added: &[6, 1],
+                best: None,
+            });
+        }
+        assert_eq!(joined.shares(&CTX, 1), [0, 1]);
+        let chances = joined.chances(&CTX).unwrap();
+        assert!(chances[0] > 0.9 && chances[1] < 0.1, "{chances:?}");
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //! not draft where the prediction says that it does not pay, except for a probe of depth 1
 //! now and then, and whatever the prediction it drafts no deeper than what it can afford to
 //! lose. The loss against plain decoding is thereby bounded by two per cent of the
-//! generation plus one step.
+//! generation plus one step, or three for drafters that state their chances.
 //!
 //! For trees the number of nodes is chosen instead (`nodes.rs`), under the same limits.
 //!
@@ -29,6 +29,8 @@ use crate::{Error, Result};
 const LOSS_SHARE: f64 = 0.02;
 /// Plain steps that it may be behind at any time on top of that.
 const CREDIT: f64 = 1.0;
+/// The same for drafters that state their chances, which rests on measurements.
+const TREE_CREDIT: f64 = 3.0;
 /// Steps between two probes while drafting is off.
 const PROBE_INTERVAL: usize = 24;
 /// Weight of the past in running averages, per round.
@@ -222,7 +224,10 @@ impl DepthController {
         let affordable =
             |nodes: usize, may_owe: f64| self.balance - (self.tree_cost(nodes) - 1.0) >= -may_owe;
         let best = self.best_tree(most, expected);
-        if let Some(nodes) = (1..=best).rev().find(|&n| affordable(n, allowed + CREDIT)) {
+        if let Some(nodes) = (1..=best)
+            .rev()
+            .find(|&n| affordable(n, allowed + TREE_CREDIT))
+        {
             self.since_draft = 0;
             return nodes;
         }

@@ -6,37 +6,44 @@
 //! put last, and that sort is not stable. So that masks agree too, libtorch is asked for
 //! its order in exactly this case.
 
-use sequor_kernels::select;
+use sequor_kernels::select::Nucleus;
 use sequor_nn::Tensor;
 
 use crate::Result;
 
 /// Removes what is outside the best tokens that hold `mass` of the probability.
 pub(super) fn keep(scores: &mut [f32], mass: f64) -> Result<()> {
-    let before = scores.to_vec();
-    if !select::keep_top_p(scores, mass, 1) {
+    let Some(Nucleus::UpTo { score: last, index }) = Nucleus::of(scores, mass, 1) else {
         return Ok(());
-    }
-    let kept = |s: &f32| *s > f32::NEG_INFINITY;
-    let last = scores
-        .iter()
-        .copied()
-        .filter(kept)
-        .fold(f32::INFINITY, f32::min);
-    let places = scores.iter().filter(|&&s| s == last).count();
-    if before.iter().filter(|&&s| s == last).count() == places {
+    };
+    let cut = scores.len().min(index.saturating_add(1));
+    let (early, late) = scores.split_at_mut(cut);
+    let below = |scores: &mut [f32]| {
+        for score in scores {
+            *score = if *score < last {
+                f32::NEG_INFINITY
+            } else {
+                *score
+            };
+        }
+    };
+    if !late.contains(&last) {
+        below(early);
+        below(late);
         return Ok(());
     }
     // Ascending, so that the places go to the last of the equals.
-    let order = ascending(&before)?;
-    let equal = |&&i: &&usize| before.get(i) == Some(&last);
-    for (nth, &i) in order.iter().rev().filter(equal).enumerate() {
+    let places = early.iter().filter(|&&s| s == last).count();
+    let order = ascending(scores)?;
+    let equal: Vec<usize> = order
+        .into_iter()
+        .rev()
+        .filter(|&i| scores.get(i) == Some(&last))
+        .collect();
+    below(scores);
+    for i in equal.into_iter().skip(places) {
         if let Some(score) = scores.get_mut(i) {
-            *score = if nth < places {
-                last
-            } else {
-                f32::NEG_INFINITY
-            };
+            *score = f32::NEG_INFINITY;
         }
     }
     Ok(())

@@ -27,9 +27,10 @@ mod task;
 #[cfg(test)]
 mod tests;
 
+pub use super::conduct::{HeadsReport, HeadsRun};
 pub use accuracy::HeadAccuracy;
 pub use recipe::{HeadsRecipe, Labels};
-pub use run::{HeadsReport, HeadsRun, train_heads};
+pub use run::train_heads;
 pub use sequor_backbone::heads::HeadsKind;
 pub use task::TOP1;
 
@@ -37,5 +38,4 @@ pub use task::TOP1;
 pub(super) use accuracy::Table;
 pub(super) use data::{Batch, Row, Sequences, held_out, index};
 pub(super) use judge::Judge;
-pub(super) use run::{begun, check_corpus, draw, seconds_per_step};
 pub(super) use task::HELD_OUT_LOSS;

@@ -183,10 +183,7 @@ pub(super) fn train_with(
     ) {
         progress.notice(&format!("the loss was not drawn: {e}"));
     }
-    put_json(
-        &training.join("report.json"),
-        &serde_json::to_value(&report).map_err(json_error)?,
-    )?;
+    put_json(&training.join("report.json"), &to_json(&report)?)?;
     put(
         &out_dir.join("README.md"),
         card::card(recipe, &corpus, &report, run.command.as_deref()).as_bytes(),
@@ -200,7 +197,7 @@ pub(super) fn train_with(
 /// All that decides the result. The number of threads changes last digits only, and is
 /// kept beside it.
 fn settings(recipe: &LmRecipe, corpus: &Corpus) -> Result<Value> {
-    let mut settings = serde_json::to_value(recipe).map_err(json_error)?;
+    let mut settings = to_json(recipe)?;
     if let Some(train) = settings.get_mut("train").and_then(Value::as_object_mut) {
         train.remove("threads");
     }
@@ -290,6 +287,11 @@ fn measure(
 
 fn json_error(e: serde_json::Error) -> Error {
     Error::Config(format!("cannot be written as JSON: {e}"))
+}
+
+/// Something that is written down, as JSON.
+pub(super) fn to_json(value: &impl serde::Serialize) -> Result<Value> {
+    serde_json::to_value(value).map_err(json_error)
 }
 
 pub(super) fn put_json(path: &Path, value: &Value) -> Result<()> {

@@ -17,6 +17,7 @@
 //! ```
 
 mod card;
+mod conduct;
 mod corpus;
 pub mod distill;
 pub mod heads;

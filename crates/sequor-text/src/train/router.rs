@@ -22,7 +22,6 @@ mod tests;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
 
 use sequor_backbone::CausalLm;
 use sequor_backbone::heads::{Base, HeadsKind};
@@ -34,15 +33,14 @@ use sequor_nn::device::DType;
 use sequor_nn::lora::{Adapter, LoraConfig};
 use sequor_nn::tch::no_grad_guard;
 use sequor_nn::{Device, Kind, ParamBuilder, Tensor};
-use sequor_train::checkpoint::Store;
 use sequor_train::trainer::count_params;
-use sequor_train::{Progress, StepCtx, Task, Trainer, Workplace};
+use sequor_train::{Progress, Trainer, Workplace};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::conduct::{HeadsRun, processor, seconds_per_step};
 use super::distill::DistillCorpus;
-use super::heads::HeadsRun;
-use super::lm::{CHECKPOINTS, put, put_json};
+use super::lm::{CHECKPOINTS, put, put_json, to_json};
 use crate::{Error, Result};
 pub use recipe::RouterRecipe;
 use task::{Lesson, Phase, RouterTask};
@@ -61,7 +59,8 @@ pub struct RouterReport {
     pub base: String,
     /// Licence of the model; empty when unknown.
     pub licence: String,
-    /// The folder.
+    /// The folder; not written down.
+    #[serde(skip)]
     pub folder: PathBuf,
     /// Number of parameters of the routers.
     pub parameters: u64,
@@ -112,13 +111,9 @@ pub fn train_router(
     cancel: &AtomicBool,
 ) -> Result<RouterReport> {
     recipe.validate()?;
-    if run.minutes.is_some_and(|m| !(m > 0.0 && m.is_finite())) {
-        return Err(Error::Input("minutes must be positive".into()));
-    }
-    threads::set(run.threads.unwrap_or_else(threads::default_count));
+    run.begin(out_dir)?;
     let model = CausalLm::load(model_path, DType::F32, Device::Cpu)?;
     let lesson = Lesson::new(corpus, recipe, &model)?;
-    std::fs::create_dir_all(out_dir).map_err(|e| Error::io(out_dir, e))?;
     // A folder with a config is whole: the old one goes first, the new one comes last.
     let config = out_dir.join("heads.json");
     match std::fs::remove_file(&config) {
@@ -228,8 +223,7 @@ impl Work<'_> {
             adapter_steps,
             seconds,
             threads: threads::get(),
-            processor: sequor_kernels::cpu::model_name()
-                .unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+            processor: processor(),
             layers_kept: measured.layers,
             layers,
             choices: measured.choices,
@@ -237,16 +231,14 @@ impl Work<'_> {
             losses,
         };
         let training = self.out_dir.join("training");
-        let mut told = serde_json::to_value(&report).map_err(json_error)?;
+        let mut told = to_json(&report)?;
         put_json(&training.join("report.json"), &told)?;
         put(
             &self.out_dir.join("README.md"),
             card::card(self.recipe, &report, &self.run.command).as_bytes(),
         )?;
         if let Some(fields) = told.as_object_mut() {
-            // Where the folder lies is nobody else's business.
-            fields.remove("folder");
-            let recipe = serde_json::to_value(self.recipe).map_err(json_error)?;
+            let recipe = to_json(self.recipe)?;
             fields.insert("recipe".into(), recipe);
         }
         let config = RouterConfig {
@@ -264,11 +256,8 @@ impl Work<'_> {
             training: told,
         };
         RouterFolder::write(self.out_dir, &config, &builder.params())?;
-        if !self.run.keep_checkpoints {
-            for phase in ["routers", "adapter"] {
-                Store::open(&self.checkpoints(phase))?.remove_all()?;
-            }
-        }
+        self.run
+            .clear(&["routers", "adapter"].map(|phase| self.checkpoints(phase)))?;
         Ok(report)
     }
 
@@ -280,24 +269,13 @@ impl Work<'_> {
     /// resumed keeps what it began with.
     fn lengths(&self, phase: &mut RouterTask<'_>) -> Result<(u64, u64)> {
         let recipe = self.recipe;
-        let Some(minutes) = self.run.minutes else {
-            return Ok((recipe.steps, recipe.adapter_steps));
-        };
+        let share = recipe.steps as f64 / (recipe.steps + recipe.adapter_steps) as f64;
         let folder = self.checkpoints("routers");
-        let begun = if self.run.resume && folder.is_dir() {
-            Store::open(&folder)?.newest(&mut |_| {})?
-        } else {
-            None
-        };
-        let steps = match begun {
-            Some(checkpoint) => checkpoint.state().schedule.steps,
-            None => {
-                let pace = seconds_per_step(phase, recipe.batch)?;
-                let fit = minutes * 60.0 / pace;
-                let share = recipe.steps as f64 / (recipe.steps + recipe.adapter_steps) as f64;
-                ((fit * share) as u64).clamp(1, 1_000_000)
-            }
-        };
+        let steps = self.run.steps(&folder, recipe.steps, share, || {
+            let pace = seconds_per_step(phase)? * recipe.batch as f64;
+            phase.next = 0;
+            Ok(pace)
+        })?;
         let ratio = recipe.adapter_steps as f64 / recipe.steps as f64;
         Ok((steps, (steps as f64 * ratio).round() as u64))
     }
@@ -315,7 +293,7 @@ impl Work<'_> {
             log: self.out_dir.join("training").join(format!("{name}.jsonl")),
             save_every: self.run.save_every,
             config: json!({
-                "recipe": serde_json::to_value(self.recipe).map_err(json_error)?,
+                "recipe": to_json(self.recipe)?,
                 "phase": name,
                 "steps": task.steps,
                 "texts": self.lesson.fingerprint(),
@@ -407,33 +385,6 @@ fn round(builder: &ParamBuilder) -> Result<()> {
         one(&p.tensor)?;
     }
     Ok(())
-}
-
-/// Time of one step of the first phase, measured on texts whose gradients are thrown away.
-fn seconds_per_step(task: &mut RouterTask<'_>, batch: usize) -> Result<f64> {
-    const TRIALS: u64 = 3;
-    let mut times = Vec::new();
-    for step in 0..TRIALS {
-        let start = Instant::now();
-        let ctx = StepCtx {
-            step,
-            micro: 0,
-            seed: step,
-        };
-        let loss = task.loss(&ctx)?;
-        let params: Vec<Tensor> = task.params().into_iter().map(|p| p.tensor).collect();
-        Tensor::f_run_backward(&[loss.sum], &params, false, false)
-            .map_err(sequor_nn::Error::from)?;
-        times.push(start.elapsed().as_secs_f64());
-    }
-    task.next = 0;
-    let rest = times.get(1..).unwrap_or_default();
-    let mean = rest.iter().sum::<f64>() / rest.len().max(1) as f64;
-    Ok((mean * batch as f64).max(1e-6))
-}
-
-fn json_error(e: serde_json::Error) -> Error {
-    Error::Config(format!("cannot be written as JSON: {e}"))
 }
 
 /// A place in the data as the training loop keeps it.

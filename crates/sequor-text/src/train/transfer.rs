@@ -25,21 +25,18 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use sequor_backbone::CausalLm;
-use sequor_backbone::heads::{Base, HeadsKind};
+use sequor_backbone::heads::HeadsKind;
 use sequor_backbone::transfer::{HiddenTransfer, TransferConfig};
-use sequor_kernels::threads;
 use sequor_nn::{Device, Kind, ParamBuilder};
-use sequor_train::checkpoint::Store;
 use sequor_train::trainer::count_params;
-use sequor_train::{Outcome, Progress, Task, Trainer, Workplace};
+use sequor_train::{Outcome, Progress, Task};
 use serde_json::{Value, json};
 
+use super::conduct::{Drafted, HeadsReport, HeadsRun, Told, base, check_corpus, seconds_per_step};
 use super::distill::DistillCorpus;
-use super::heads::{
-    HeadsReport, HeadsRun, Judge, begun, check_corpus, draw, held_out, seconds_per_step,
-};
-use super::lm::{CHECKPOINTS, put, put_json};
-use crate::{Error, Result};
+use super::heads::{Judge, held_out};
+use super::lm::{CHECKPOINTS, to_json};
+use crate::Result;
 use task::{Lesson, TransferTask};
 
 pub use recipe::TransferRecipe;
@@ -68,39 +65,19 @@ pub fn train_transfer(
     cancel: &AtomicBool,
 ) -> Result<HeadsReport> {
     recipe.validate(target.config())?;
-    if run.minutes.is_some_and(|m| !(m > 0.0 && m.is_finite())) {
-        return Err(Error::Input("minutes must be positive".into()));
-    }
-    threads::set(run.threads.unwrap_or_else(threads::default_count));
+    run.begin(out_dir)?;
     check_corpus(target, corpus)?;
-    std::fs::create_dir_all(out_dir).map_err(|e| Error::io(out_dir, e))?;
     let mut plan = Plan::new(target, corpus, recipe, run)?;
     let checkpoints = out_dir.join(CHECKPOINTS);
-    if let Some(minutes) = run.minutes {
-        plan.recipe.steps = match begun(&checkpoints, run.resume)? {
-            Some(steps) => steps,
-            None => {
-                let pace = seconds_per_step(&mut plan.task()?)? * plan.recipe.batch as f64;
-                ((minutes * 60.0 / pace) as u64).clamp(1, 10_000_000)
-            }
-        };
-    }
+    plan.recipe.steps = run.steps(&checkpoints, recipe.steps, 1.0, || {
+        Ok(seconds_per_step(&mut plan.task()?)? * recipe.batch as f64)
+    })?;
     let mut task = plan.task()?;
     progress.notice(&plan.summary(&task));
-    let place = Workplace {
-        checkpoints: checkpoints.clone(),
-        log: out_dir.join("training").join("log.jsonl"),
-        save_every: run.save_every,
-        config: plan.settings()?,
-    };
-    let options = plan.recipe.train_options();
-    let mut trainer = Trainer::new(&mut task, options, place, run.resume, progress)?;
-    let outcome = trainer.run(progress, cancel)?;
-    trainer.finish_with_best()?;
+    let (options, settings) = (plan.recipe.train_options(), plan.settings()?);
+    let outcome = run.train(&mut task, options, out_dir, settings, progress, cancel)?;
     let report = plan.write(task, &outcome, out_dir, run, progress)?;
-    if !run.keep_checkpoints {
-        Store::open(&checkpoints)?.remove_all()?;
-    }
+    run.clear(&[checkpoints])?;
     Ok(report)
 }
 
@@ -110,10 +87,7 @@ struct Plan<'a> {
     corpus: &'a DistillCorpus,
     recipe: TransferRecipe,
     config: TransferConfig,
-    /// The drafted tokens, where they are not all.
-    tokens: Option<Vec<u32>>,
-    /// Share of the corpus's answers that they cover.
-    coverage: f64,
+    drafted: Drafted,
 }
 
 impl<'a> Plan<'a> {
@@ -123,31 +97,16 @@ impl<'a> Plan<'a> {
         recipe: &TransferRecipe,
         run: &HeadsRun,
     ) -> Result<Self> {
-        let all = target.config().vocab_size as usize;
-        let (tokens, coverage) = if recipe.draft_vocab == 0 || recipe.draft_vocab >= all {
-            (None, 1.0)
-        } else {
-            let (tokens, coverage) = corpus.frequent_tokens(recipe.draft_vocab);
-            if tokens.is_empty() {
-                return Err(Error::Input(
-                    "the corpus has no answers to learn from; make a larger one".into(),
-                ));
-            }
-            (Some(tokens), coverage)
-        };
-        let base = Base {
-            name: run.base.clone(),
-            fingerprint: target.fingerprint()?,
-        };
+        let drafted = Drafted::choose(target, corpus, recipe.draft_vocab)?;
+        let base = base(run, target)?;
         let mut config = TransferConfig::new(target.config(), recipe.layers.clone(), base)?;
-        config.draft_vocab_size = tokens.as_ref().map(|t| t.len() as i64);
+        config.draft_vocab_size = drafted.size().map(|size| size as i64);
         Ok(Self {
             target,
             corpus,
             recipe: recipe.clone(),
             config,
-            tokens,
-            coverage,
+            drafted,
         })
     }
 
@@ -155,39 +114,34 @@ impl<'a> Plan<'a> {
     fn task(&self) -> Result<TransferTask<'a>> {
         let builder = ParamBuilder::init(self.recipe.seed, Kind::Float, Device::Cpu);
         let mut maps = HiddenTransfer::identity(&builder, &self.config)?;
-        if let Some(tokens) = &self.tokens {
+        if let Some(tokens) = &self.drafted.tokens {
             maps.set_draft_tokens(tokens.clone())?;
         }
         let lesson = Lesson {
             target: self.target,
             corpus: self.corpus,
             recipe: self.recipe.clone(),
-            judge: Judge::new(self.target, self.tokens.as_deref())?,
+            judge: Judge::new(self.target, self.drafted.tokens.as_deref())?,
             held_out: held_out(self.corpus),
         };
         Ok(TransferTask::new(lesson, maps, builder))
     }
 
     fn summary(&self, task: &TransferTask<'_>) -> String {
-        format!(
-            "hidden transfer behind layers {:?}: {} parameters, {} drafted tokens ({:.2} % of the answers), a corpus of {} tokens, {} steps, {} thread(s)",
-            self.recipe.layers,
+        self.drafted.summary(
+            &format!("hidden transfer behind layers {:?}", self.recipe.layers),
             count_params(&task.params()),
-            self.config
-                .draft_vocab_size
-                .unwrap_or(self.config.vocab_size),
-            self.coverage * 100.0,
-            self.corpus.tokens(),
+            self.target,
+            self.corpus,
             self.recipe.steps,
-            threads::get(),
         )
     }
 
     /// All that decides the result.
     fn settings(&self) -> Result<Value> {
         Ok(json!({
-            "recipe": serde_json::to_value(&self.recipe).map_err(json_error)?,
-            "maps": serde_json::to_value(&self.config).map_err(json_error)?,
+            "recipe": to_json(&self.recipe)?,
+            "maps": to_json(&self.config)?,
             "corpus": {"sequences": self.corpus.sequences(), "tokens": self.corpus.tokens()},
         }))
     }
@@ -206,37 +160,21 @@ impl<'a> Plan<'a> {
         // The numbers are those of the rounded weights that a user gets.
         maps.round()?;
         let measured = lesson.measure(&maps, MEASURED)?;
-        let cpu = sequor_kernels::cpu::model_name();
-        let report = HeadsReport {
+        let told = Told {
             kind: HeadsKind::HiddenTransfer,
-            base: run.base.clone(),
-            licence: run.licence.clone(),
-            folder: out_dir.to_owned(),
+            run,
+            out_dir,
+            corpus: self.corpus,
+            drafted: &self.drafted,
+            outcome,
+            held_out: (&measured.table, measured.loss),
             parameters,
-            bytes: 2 * parameters + 8 * self.tokens.as_ref().map_or(0, Vec::len) as u64,
-            draft_vocab: self.tokens.as_ref().map(Vec::len),
-            coverage: self.coverage,
-            corpus_tokens: self.corpus.tokens(),
-            corpus_sequences: self.corpus.sequences(),
-            steps: outcome.steps,
-            best_step: outcome.best.map_or(outcome.steps, |b| b.step),
-            positions: outcome.tokens,
-            epochs: outcome.epoch,
-            seconds: outcome.seconds,
-            threads: threads::get(),
-            processor: cpu.unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
-            held_out_loss: measured.loss,
-            heads: measured.table.heads(),
-            measured: measured.table.positions(),
-            chain_tokens: measured.table.chain(),
+            bytes: 2 * parameters + 8 * self.drafted.size().unwrap_or(0) as u64,
             cost_share: self.cost_share(parameters),
         };
-        let training = out_dir.join("training");
-        draw(&training, &report, progress);
-        let json = serde_json::to_value(&report).map_err(json_error)?;
-        put_json(&training.join("report.json"), &json)?;
-        let text = card::card(&self.recipe, &report, &measured.divergences, &run.command);
-        put(&out_dir.join("README.md"), text.as_bytes())?;
+        let report = told.report();
+        let card = card::card(&self.recipe, &report, &measured.divergences, &run.command);
+        report.publish(out_dir, &card, progress)?;
         maps.set_accuracies(measured.table.by_rank());
         maps.save(out_dir)?;
         Ok(report)
@@ -251,8 +189,4 @@ impl<'a> Plan<'a> {
         let width = self.target.dtype().kind().elt_size_in_bytes().max(1);
         (params as f64 + head) / (self.target.decoder().bytes_per_token() / width).max(1) as f64
     }
-}
-
-fn json_error(e: serde_json::Error) -> Error {
-    Error::Config(format!("cannot be written as JSON: {e}"))
 }

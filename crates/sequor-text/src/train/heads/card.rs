@@ -3,7 +3,7 @@
 use sequor_backbone::heads::HeadsKind;
 
 use super::recipe::{HeadsRecipe, Labels};
-use super::run::HeadsReport;
+use crate::train::conduct::{HeadsReport, licence_text};
 
 /// What a kind of heads is, in a sentence.
 fn what(kind: HeadsKind) -> &'static str {
@@ -137,14 +137,7 @@ among the ten best: static trees are searched in them.
         measured = report.measured,
         share = report.cost_share * 100.0,
         each = report.cost_share * 100.0 / recipe.depth.max(1) as f64,
-        licence_text = if report.licence.is_empty() {
-            format!("That of {}, whose output they learned from.", report.base)
-        } else {
-            format!(
-                "{}, like {}, whose output they learned from.",
-                report.licence, report.base
-            )
-        },
+        licence_text = licence_text(report),
     )
 }
 

@@ -16,6 +16,7 @@ use super::data::{Batch, Row, Sequences, index};
 use super::eagle;
 use super::judge::Judge;
 use super::recipe::{HeadsRecipe, Labels};
+use crate::train::conduct::metrics;
 use crate::train::distill::DistillCorpus;
 
 /// The held-out metric that training brings down, in the unit of the training loss.
@@ -349,16 +350,7 @@ impl Task for HeadsTask<'_> {
 
     fn evaluate(&mut self) -> Result<BTreeMap<String, f64>> {
         let (table, loss) = self.lesson.measure(&self.heads, GLANCE)?;
-        let mut metrics = BTreeMap::from([(HELD_OUT_LOSS.to_owned(), loss)]);
-        for (i, head) in table.heads().iter().enumerate() {
-            let name = if i == 0 {
-                TOP1.to_owned()
-            } else {
-                format!("{TOP1}_head_{i}")
-            };
-            metrics.insert(name, head.top1);
-        }
-        Ok(metrics)
+        Ok(metrics(&table, loss))
     }
 
     fn cursor(&self) -> Value {

@@ -1,7 +1,7 @@
 //! The card of trained maps: what they are, from measured numbers.
 
 use super::recipe::TransferRecipe;
-use crate::train::heads::HeadsReport;
+use crate::train::conduct::{HeadsReport, licence_text};
 
 /// The text of `README.md`.
 pub(super) fn card(
@@ -97,13 +97,6 @@ are searched in them.
         processor = report.processor,
         best = report.best_step,
         measured = report.measured,
-        licence_text = if report.licence.is_empty() {
-            format!("That of {}, whose output they learned from.", report.base)
-        } else {
-            format!(
-                "{}, like {}, whose output they learned from.",
-                report.licence, report.base
-            )
-        },
+        licence_text = licence_text(report),
     )
 }

@@ -13,8 +13,9 @@ use sequor_train::{Error, MicroLoss, Result, StepCtx, Task};
 use serde_json::Value;
 
 use super::recipe::TransferRecipe;
+use crate::train::conduct::metrics;
 use crate::train::distill::DistillCorpus;
-use crate::train::heads::{Batch, HELD_OUT_LOSS, Judge, Row, Sequences, TOP1, Table, index};
+use crate::train::heads::{Batch, Judge, Row, Sequences, Table, index};
 
 /// Held-out positions that an evaluation during training looks at, about.
 const GLANCE: u64 = 1200;
@@ -212,15 +213,7 @@ impl Task for TransferTask<'_> {
 
     fn evaluate(&mut self) -> Result<BTreeMap<String, f64>> {
         let measured = self.lesson.measure(&self.maps, GLANCE)?;
-        let mut metrics = BTreeMap::from([(HELD_OUT_LOSS.to_owned(), measured.loss)]);
-        for (j, head) in measured.table.heads().iter().enumerate() {
-            let name = if j == 0 {
-                TOP1.to_owned()
-            } else {
-                format!("{TOP1}_head_{j}")
-            };
-            metrics.insert(name, head.top1);
-        }
+        let mut metrics = metrics(&measured.table, measured.loss);
         for (j, divergence) in measured.divergences.iter().enumerate() {
             metrics.insert(format!("divergence_{}", j + 1), *divergence);
         }

@@ -17,6 +17,7 @@ use sequor_train::{Silent, StepCtx};
 
 use super::super::heads::Batch;
 use super::*;
+use crate::Error;
 
 const VOCAB: usize = 32;
 
