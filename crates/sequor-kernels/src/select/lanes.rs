@@ -247,9 +247,29 @@ pub fn log_softmax_in_place(scores: &mut [f32]) -> bool {
 pub fn divide_in_place(scores: &mut [f32], temperature: f32) -> bool {
     let valid = temperature > 0.0 && temperature.is_finite();
     if valid {
-        for x in scores {
-            *x /= temperature;
-        }
+        divide(scores, temperature);
     }
     valid
+}
+
+wide! {
+    fn divide(scores: &mut [f32], divisor: f32) -> () {
+        update(scores, |x| x / divisor);
+    }
+}
+
+wide! {
+    /// The largest absolute value that is finite, 0 where there is none.
+    #[must_use]
+    pub fn largest_finite(scores: &[f32]) -> f32 {
+        let mut most = [0f32; LANES];
+        for group in groups(scores) {
+            for lane in 0..LANES {
+                let size = group[lane].abs();
+                let counts = size < f32::INFINITY && size > most[lane];
+                most[lane] = if counts { size } else { most[lane] };
+            }
+        }
+        most.into_iter().fold(0.0, f32::max)
+    }
 }

@@ -39,5 +39,6 @@ pub use keep::{
     Nucleus, keep_epsilon, keep_eta, keep_min_p, keep_top_h, keep_top_k, keep_top_p, keep_typical,
 };
 pub use lanes::{
-    argmax, divide_in_place, entropy, log_softmax_in_place, log_sum_exp, softmax_in_place,
+    argmax, divide_in_place, entropy, largest_finite, log_softmax_in_place, log_sum_exp,
+    softmax_in_place,
 };

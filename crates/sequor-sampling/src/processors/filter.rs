@@ -19,33 +19,14 @@ pub(super) fn remove_invalid(scores: &mut [f32]) {
 }
 
 pub(super) fn temperature(scores: &mut [f32], temperature: f32) {
-    if !(largest_finite(scores) / temperature).is_finite() {
+    if !(select::largest_finite(scores) / temperature).is_finite() {
         // A temperature close to zero overflows. The law does not change when the best
         // score is moved to 0 first, and then only hopeless tokens leave the range.
         let best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         scores.iter_mut().for_each(|s| *s -= best);
     }
-    scores.iter_mut().for_each(|s| *s /= temperature);
-}
-
-/// The largest absolute value that is finite; lane by lane, so that it is one fast pass.
-fn largest_finite(scores: &[f32]) -> f32 {
-    let larger = |most: f32, score: f32| {
-        let size = score.abs();
-        if size < f32::INFINITY && size > most {
-            size
-        } else {
-            most
-        }
-    };
-    let (groups, rest) = scores.as_chunks::<16>();
-    let mut lanes = [0.0_f32; 16];
-    for group in groups {
-        for (most, &score) in lanes.iter_mut().zip(group) {
-            *most = larger(*most, score);
-        }
-    }
-    lanes.iter().chain(rest).copied().fold(0.0, larger)
+    // Options were checked: it is positive.
+    select::divide_in_place(scores, temperature);
 }
 
 pub(super) fn top_h(scores: &mut [f32], share: f64) {

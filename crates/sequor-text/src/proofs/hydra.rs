@@ -3,7 +3,8 @@
 //!
 //! All heads draft the same static tree first, the one that is best for Medusa by its own
 //! held-out accuracies. Dynamic trees of the same size and trees whose size follows the cost
-//! on this machine come after.
+//! on this machine come after, and with them Hydra++ joined with copies, the fastest method
+//! of this library.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use sequor_backbone::heads::{HeadDrafter, Heads, HeadsKind};
 use sequor_eval::proof::{Claim, Outcome, Proof, Recorder};
 use sequor_nn::device::DType;
+use sequor_sampling::draft::{Copying, Joined};
 use sequor_sampling::{StaticTree, Topology};
 
 use super::bench::Bench;
@@ -29,12 +31,15 @@ const KINDS: [(HeadsKind, &str); 4] = [
 const MEDUSA: &str = "medusa";
 const HYDRA: &str = "hydra";
 const PLUS: &str = "hydra++";
+const JOINED: &str = "copy+hydra++";
 /// Added to the names of arms.
 const DYNAMIC: &str = ", dynamic tree";
 const SIZED: &str = ", sized by cost";
 const WARM: &str = " T=0.7";
 /// Depth and nodes of the trees.
-const TREE: (usize, usize) = (4, 32);
+const TREE: (usize, usize) = (4, 64);
+/// Longest path of copies and heads together.
+const JOINED_DEPTH: usize = 10;
 /// Continuations per node of a dynamic tree.
 const TOP_K: usize = 8;
 
@@ -85,6 +90,16 @@ fn proof() -> Proof {
             .at_least(1.5)
             .text("Hydra++ is at least 1.5 times as fast as plain decoding")
             .paper("2.71x"),
+    )
+    .claim(
+        Claim::level("speedup", sized(JOINED))
+            .median()
+            .at_least(1.5)
+            .text("Copies and Hydra++ in one tree are at least 1.5 times as fast as plain decoding"),
+    )
+    .claim(
+        per_call(&sized(JOINED), &sized(PLUS))
+            .text("Copies beside Hydra++ give more tokens per call than Hydra++ alone"),
     )
 }
 
@@ -146,6 +161,13 @@ impl Loaded {
                 let drafter = HeadDrafter::new(model, heads, tree)?;
                 let sized = Decode::new(&format!("{arm}{SIZED}"), model, drafter, TREE);
                 arms.push(Box::new(sized.adaptive(TREE.0)));
+            }
+            if *arm == PLUS {
+                let tree = shared_tree(&heads.config().accuracies, TREE);
+                let heads = HeadDrafter::new(model, heads, tree)?;
+                let both = Joined::new(Copying::default(), heads)?;
+                let sized = Decode::new(&format!("{JOINED}{SIZED}"), model, both, TREE);
+                arms.push(Box::new(sized.adaptive(JOINED_DEPTH)));
             }
         }
         Ok(arms)
