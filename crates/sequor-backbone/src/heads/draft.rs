@@ -1,6 +1,6 @@
 //! Drafting with heads: from the target's states to a tree of tokens.
 
-use super::expand::{EagleBranches, HydraBranches, MedusaBranches, Nets, nn};
+use super::expand::{EagleBranches, HydraBranches, MAX_DRAFT_ROWS, MedusaBranches, Nets, SLOT, nn};
 use super::network::{Heads, Network};
 use crate::CausalLm;
 use sequor_nn::attention::Cached;
@@ -11,10 +11,6 @@ use sequor_sampling::{DraftTree, Error, Result, TargetModel, Topology, grow};
 
 /// Rows per pass while a draft layer takes in a long prompt.
 const CHUNK: usize = 512;
-/// Rows that one draft may add to the state of an EAGLE layer.
-pub(super) const MAX_DRAFT_ROWS: usize = 4096;
-/// The only slot of a draft layer's state.
-pub(super) const SLOT: usize = 0;
 
 /// Drafts with heads beside the target that they were made for.
 ///

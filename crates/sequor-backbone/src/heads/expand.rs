@@ -1,6 +1,5 @@
 //! Heads as sources of ranked continuations.
 
-use super::draft::{MAX_DRAFT_ROWS, SLOT};
 use super::network::{Eagle, Head, Heads};
 use crate::CausalLm;
 use sequor_kernels::select::{log_sum_exp, top_n};
@@ -12,6 +11,11 @@ use sequor_nn::{Tensor, tch};
 use sequor_sampling::tree::path_to;
 use sequor_sampling::{DraftTree, Error, Expander, Result};
 use std::collections::HashMap;
+
+/// Rows that one draft may add to the state of an EAGLE layer.
+pub(super) const MAX_DRAFT_ROWS: usize = 4096;
+/// The only slot of a draft layer's state.
+pub(super) const SLOT: usize = 0;
 
 /// For every node its continuations (token, log-probability), best first.
 type Continuations = Vec<Vec<(u32, f32)>>;
