@@ -52,8 +52,8 @@ const MEASURED: u64 = 8000;
 /// interrupted.
 ///
 /// # Errors
-/// [`Error::Cancelled`] when `cancel` became true (a checkpoint was written);
-/// [`Error::Input`] for a recipe out of range or a corpus of another model; errors of
+/// [`Error::Cancelled`](crate::Error::Cancelled) when `cancel` became true (a checkpoint was written);
+/// [`Error::Input`](crate::Error::Input) for a recipe out of range or a corpus of another model; errors of
 /// training and disk.
 pub fn train_transfer(
     target: &CausalLm,

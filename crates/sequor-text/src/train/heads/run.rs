@@ -36,9 +36,9 @@ const MEASURED: u64 = 12_000;
 /// interrupted.
 ///
 /// # Errors
-/// [`Error::Cancelled`] when `cancel` became true (a checkpoint was written);
-/// [`Error::Input`] for a recipe out of range or a corpus of another model;
-/// [`Error::Unsupported`] for kinds that are not heads beside a decoder; errors of training
+/// [`Error::Cancelled`](crate::Error::Cancelled) when `cancel` became true (a checkpoint was written);
+/// [`Error::Input`](crate::Error::Input) for a recipe out of range or a corpus of another model;
+/// [`Error::Unsupported`](crate::Error::Unsupported) for kinds that are not heads beside a decoder; errors of training
 /// and disk.
 pub fn train_heads(
     target: &CausalLm,
