@@ -100,6 +100,51 @@ fn auto_loses_at_most_three_percent() {
     }
 }
 
+/// An oracle that promises much, and is always wrong.
+struct Promises(Oracle);
+
+impl Drafter for Promises {
+    fn name(&self) -> &str {
+        "promises"
+    }
+    fn propose(&mut self, ctx: &DraftContext<'_>, budget: Budget) -> Result<DraftTree> {
+        self.0
+            .propose(ctx, Budget::chain(budget.depth.min(budget.nodes)))
+    }
+    fn reset(&mut self) {}
+    fn chances(&mut self, _ctx: &DraftContext<'_>) -> Option<Vec<f64>> {
+        Some((1..=8).map(|depth| 0.9_f64.powi(depth)).collect())
+    }
+}
+
+#[test]
+fn promises_that_are_never_kept_cost_two_percent_and_three_steps() {
+    for tokens in [120, 400, 2000] {
+        for price in [0.02, 0.3, 1.0, 3.0] {
+            let target = target(price);
+            let truth = target.clone();
+            let wrong = Promises(Oracle {
+                truth,
+                every: 0,
+                calls: 0,
+            });
+            let options = Options::from(GenerationConfig::greedy())
+                .max_new_tokens(tokens)
+                .depth(DepthPolicy::Auto { max: 8 });
+            let generator = Generator::new(&target, options).unwrap();
+            let go_on = |_| ControlFlow::Continue(());
+            let out = generator
+                .generate(&[1, 2], Some(Box::new(wrong)), go_on)
+                .unwrap();
+            let lost = (price_per_token(&out, price) - 1.0) * (out.report.emitted - 1) as f64;
+            let allowed = 0.02 * tokens as f64 + 3.0;
+            // The time of the proposals themselves is next to nothing beside these passes.
+            assert!(lost <= allowed + 0.1, "{price}, {tokens}: {lost}");
+            assert!(out.report.drafted > 0 || price > 2.0, "{}", out.report);
+        }
+    }
+}
+
 #[test]
 fn auto_drafts_where_it_pays() {
     // Nine in ten right and rows almost free.
