@@ -13,7 +13,7 @@ fn main() -> Result<()> {
     let resolver = Resolver::from_env();
     // On a CPU several rows cost least beside one in bf16, and that is what drafts need.
     let load = LoadOptions {
-        dtype: DType::Bf16,
+        weights: DType::Bf16.into(),
         ..LoadOptions::default()
     };
     let mut pipeline = TextPipeline::load(&resolver.resolve_model(&model)?.path, &load)?;

@@ -273,7 +273,7 @@ fn the_heads_of_the_real_model_change_nothing_but_the_number_of_calls() {
         return;
     };
     let load = LoadOptions {
-        dtype: DType::F32,
+        weights: DType::F32.into(),
         ..LoadOptions::default()
     };
     let mut p = TextPipeline::load(&path, &load).unwrap();

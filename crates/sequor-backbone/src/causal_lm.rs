@@ -6,7 +6,7 @@ use crate::{gguf, keys};
 use sequor_kernels::cost::CostCurve;
 use sequor_nn::attention::Cached;
 use sequor_nn::block::Pass;
-use sequor_nn::device::DType;
+use sequor_nn::device::{DType, Weights};
 use sequor_nn::kv::{KvCache, KvShape};
 use sequor_nn::weights::{self, Gguf, TensorSource};
 use sequor_nn::{Device, Error, ParamBuilder, Result, Tensor};
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 pub struct CausalLm {
     decoder: Decoder,
     source: PathBuf,
-    dtype: DType,
+    weights: Weights,
     /// Longest sequence the state may hold.
     context: usize,
     cost: RefCell<Option<CostCurve>>,
@@ -88,32 +88,34 @@ fn is_gguf(path: &Path) -> Result<bool> {
 }
 
 impl CausalLm {
-    /// Loads a model folder (`config.json` and weights) or a GGUF file.
+    /// Loads a model folder (`config.json` and weights) or a GGUF file; `weights` says how its
+    /// matrices are kept, a [`DType`] or one of our formats.
     ///
     /// # Errors
     /// One error that names the file and everything that does not fit.
-    pub fn load(path: &Path, dtype: DType, device: Device) -> Result<Self> {
+    pub fn load(path: &Path, weights: impl Into<Weights>, device: Device) -> Result<Self> {
+        let keep = weights.into();
         let config = read_config(path)?;
         let source: Box<dyn TensorSource> = if is_gguf(path)? {
             Box::new(weights::hugging_face_names(Gguf::open(path)?)?)
         } else {
             keys::canonical(weights::open(path)?, &config)?
         };
-        let params = ParamBuilder::load(source, dtype.kind(), device);
+        let params = ParamBuilder::load_as(source, keep, device)?;
         // Compare names and shapes first: nothing is allocated for a file that does not fit.
         let check = params.dry_run();
         Decoder::new(&check, &config)?;
         check.finish()?;
-        Ok(Self::new(Decoder::new(&params, &config)?, path, dtype))
+        Ok(Self::new(Decoder::new(&params, &config)?, path, keep))
     }
 
     /// Wraps a network that is already there.
-    pub fn new(decoder: Decoder, source: &Path, dtype: DType) -> Self {
+    pub fn new(decoder: Decoder, source: &Path, weights: impl Into<Weights>) -> Self {
         let context = decoder.config().context;
         Self {
             decoder,
             source: source.to_path_buf(),
-            dtype,
+            weights: weights.into(),
             context,
             cost: RefCell::new(None),
         }
@@ -134,9 +136,14 @@ impl CausalLm {
         &self.source
     }
 
-    /// Number format of its matrices.
+    /// How its matrices are kept.
+    pub fn weights(&self) -> Weights {
+        self.weights
+    }
+
+    /// Number format of what is computed beside it, such as draft heads.
     pub fn dtype(&self) -> DType {
-        self.dtype
+        self.weights.dtype()
     }
 
     /// Identity of the model: the first 16 hexadecimal digits of the SHA-256 over its sizes

@@ -62,9 +62,13 @@ pub struct ModelArgs {
     /// Model folder, GGUF file, a name of `sequor models list`, or hf:owner/name
     #[arg(long, default_value = "smollm2", value_name = "MODEL")]
     pub model: String,
-    /// Number format of the weights: f32, f16 or bf16
-    #[arg(long, default_value = "f32", value_name = "DTYPE")]
-    pub dtype: String,
+    /// Number format of plain weights: f32, f16 or bf16 [default: f32]
+    #[arg(long, value_name = "DTYPE", conflicts_with = "weights")]
+    pub dtype: Option<String>,
+    /// How weights are kept: auto (as the file has them), f32, f16, bf16, int8, q8_0, q4_0,
+    /// q4_1 or q4_k
+    #[arg(long, value_name = "FORMAT")]
+    pub weights: Option<String>,
     /// Threads for arithmetic [default: the machine's cores]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -206,6 +210,8 @@ pub struct Forward {
 pub enum Bench {
     /// Decoding speed per number format, with the fraction of memory bandwidth reached
     Decode(BenchDecode),
+    /// Products of a few rows with packed weights, against memory bandwidth and libtorch
+    Kernels(BenchKernels),
     /// Speculation methods against kinds of task: tokens per target call and speed
     Speculate(BenchSpeculate),
 }
@@ -290,18 +296,57 @@ pub struct Verify {
 }
 
 #[derive(Debug, Args)]
+pub struct BenchKernels {
+    /// Formats of the weights
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "bf16,int8,q8_0,q4_0,q4_1,q4_k",
+        value_name = "LIST"
+    )]
+    pub formats: Vec<String>,
+    /// Shapes, outputs x inputs [default: 4096x4096 and those of SmolLM2-135M]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "4096x4096,960x576,576x576,3072x576,576x1536,49152x576",
+        hide_default_value = true,
+        value_name = "LIST"
+    )]
+    pub shapes: Vec<String>,
+    /// Numbers of rows
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "1,2,4,8,16,32,128",
+        value_name = "LIST"
+    )]
+    pub rows: Vec<usize>,
+    /// Repeats; medians are reported
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub repeats: usize,
+    /// Threads for arithmetic [default: the machine's cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// End standard output with one line of JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
 pub struct BenchDecode {
     /// Model folder, GGUF file, or a name of `sequor models list`
     #[arg(long, default_value = "smollm2", value_name = "MODEL")]
     pub model: String,
-    /// Number formats to measure
+    /// Formats to measure, as for --weights of generate
     #[arg(
         long,
+        visible_alias = "dtypes",
         value_delimiter = ',',
-        default_value = "f32,f16,bf16",
+        default_value = "f32,f16,bf16,q8_0,q4_0",
         value_name = "LIST"
     )]
-    pub dtypes: Vec<String>,
+    pub weights: Vec<String>,
     /// Tokens generated per repeat
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub tokens: usize,

@@ -206,6 +206,31 @@ pub fn read_bytes<R>(tensor: &Tensor, f: impl FnOnce(&[u8]) -> R) -> Result<R, B
     Ok(f(unsafe { slice::from_raw_parts(start, length) }))
 }
 
+/// Lends the elements of a contiguous CPU tensor, in row-major order, to be changed in place:
+/// in this tensor and in all that share its memory.
+///
+/// `f` must not use another tensor that shares this memory, and nobody else may meanwhile.
+/// Truth values cannot be changed this way.
+///
+/// # Errors
+///
+/// As [`read`].
+pub fn update<T: Element, R>(
+    tensor: &mut Tensor,
+    f: impl FnOnce(&mut [T]) -> R,
+) -> Result<R, BridgeError> {
+    let (start, length) = read(tensor, |x: &[T]| (x.as_ptr().cast_mut(), x.len()))?;
+    if T::KIND == Kind::Bool {
+        return Err(BridgeError::InvalidBool);
+    }
+    if length == 0 {
+        return Ok(f(&mut []));
+    }
+    // SAFETY: `read` made sure of the memory of `length` elements of this type. The tensor is
+    // borrowed mutably, and that nothing else uses its memory meanwhile is the condition above.
+    Ok(f(unsafe { slice::from_raw_parts_mut(start, length) }))
+}
+
 /// Copies the elements of a tensor, in row-major order. A tensor elsewhere is
 /// moved, a view made contiguous. With `T = f32` other real types are converted.
 ///
@@ -243,6 +268,34 @@ pub fn to_vec<T: Element>(tensor: &Tensor) -> Result<Vec<T>, BridgeError> {
 /// cannot allocate.
 pub fn from_slice<T: Element>(values: &[T], shape: &[i64]) -> Result<Tensor, BridgeError> {
     from_bytes(as_bytes(values), shape, T::KIND)
+}
+
+/// A CPU tensor of `shape` whose elements `fill` writes in row-major order; what it does not
+/// write is arbitrary. What it returns comes back beside the tensor.
+///
+/// # Errors
+///
+/// The shape is negative somewhere, or libtorch cannot allocate.
+pub fn build<T: Element, R>(
+    shape: &[i64],
+    fill: impl FnOnce(&mut [T]) -> R,
+) -> Result<(Tensor, R), BridgeError> {
+    let tensor = if T::KIND == Kind::Bool {
+        // Not every byte is a truth value.
+        Tensor::f_zeros(shape, (T::KIND, Device::Cpu))?
+    } else {
+        Tensor::f_empty(shape, (T::KIND, Device::Cpu))?
+    };
+    let length = read_bytes_len(&tensor)? / size_of::<T>();
+    if length == 0 {
+        return Ok((tensor, fill(&mut [])));
+    }
+    // SAFETY: the tensor was just made, so nobody else sees its memory; it is a contiguous
+    // CPU tensor of `length` elements of this type. Its memory comes from a foreign
+    // allocator, which makes its bytes arbitrary but values nevertheless, and every byte
+    // (every zero, for truth values) is a value of `T`.
+    let filled = fill(unsafe { slice::from_raw_parts_mut(tensor.data_ptr().cast(), length) });
+    Ok((tensor, filled))
 }
 
 /// A CPU tensor of `shape` and `kind` with a copy of `bytes`, which hold the
@@ -426,6 +479,32 @@ mod tests {
         // A contiguous view starts inside.
         let second = tensor.get(1);
         assert_eq!(read(&second, |x: &[f32]| x[0]).unwrap(), 3.0);
+    }
+
+    #[test]
+    fn tensors_are_built_in_place() {
+        let (t, sum) = build(&[2, 3], |x: &mut [f32]| {
+            x.iter_mut().enumerate().for_each(|(i, x)| *x = i as f32);
+            x.len()
+        })
+        .unwrap();
+        assert_eq!((t.size(), sum), (vec![2, 3], 6));
+        assert_eq!(to_vec::<f32>(&t).unwrap(), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+        let (empty, length) = build(&[0, 3], |x: &mut [i64]| x.len()).unwrap();
+        assert_eq!((empty.size(), length), (vec![0, 3], 0));
+        let (bools, ()) = build(&[2], |_: &mut [bool]| ()).unwrap();
+        assert_eq!(to_vec::<bool>(&bools).unwrap(), [false, false]);
+        let mut t = t;
+        let alias = t.shallow_clone();
+        update(&mut t, |x: &mut [f32]| x[4] = -4.0).unwrap();
+        assert_eq!(
+            to_vec::<f32>(&alias).unwrap(),
+            [0.0, 1.0, 2.0, 3.0, -4.0, 5.0]
+        );
+        assert!(update(&mut t.transpose(0, 1), |_: &mut [f32]| ()).is_err());
+        assert!(update(&mut t, |_: &mut [f64]| ()).is_err());
+        assert!(build(&[-1], |_: &mut [f32]| ()).is_err());
+        assert!(build(&[i64::MAX / 8], |_: &mut [f32]| ()).is_err());
     }
 
     #[test]

@@ -5,11 +5,15 @@
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 pub mod bandwidth;
+pub mod blocks;
 pub mod bridge;
 pub mod cost;
 pub mod cpu;
 pub mod cuda;
+pub mod fused;
+pub mod matmul;
 pub mod memory;
 pub mod rng;
 pub mod select;
+pub mod team;
 pub mod threads;

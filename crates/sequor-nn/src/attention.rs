@@ -7,10 +7,14 @@
 use crate::kv::KvCache;
 use crate::linear::{Joined, Linear};
 use crate::mask::Mask;
+use crate::matrix::kernels_take;
 use crate::norm::{Norm, NormKind};
 use crate::rope::RopeTables;
 use crate::{Error, Init, ParamBuilder, Result};
-use tch::{Kind, Tensor};
+use sequor_kernels::fused::{self, Seen};
+use sequor_kernels::matmul::Isa;
+use sequor_kernels::{bridge, threads};
+use tch::{Device, Kind, Tensor};
 
 /// Sizes and options of a self-attention layer.
 #[derive(Clone, Debug)]
@@ -58,6 +62,32 @@ pub trait Attend {
     /// # Errors
     /// When the rows do not fit what was announced.
     fn attend(&mut self, call: Call, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
+
+    /// Rotation, keeping of keys and values, and attention in one step, from the joint
+    /// projections; gives `[rows, heads * head_dim]`, or `None` where there is no such step, and
+    /// then has done nothing.
+    ///
+    /// # Errors
+    /// As [`attend`](Self::attend).
+    fn attend_jointly(&mut self, call: Call, rows: &JointRows<'_>) -> Result<Option<Tensor>> {
+        let _ = (call, rows);
+        Ok(None)
+    }
+}
+
+/// Queries, keys and values as they come out of the joint projection.
+#[derive(Clone, Copy, Debug)]
+pub struct JointRows<'a> {
+    /// `[rows, (heads + 2 kv_heads) * head_dim]` f32: queries, keys, values; not rotated.
+    pub qkv: &'a Tensor,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Channels per head.
+    pub head_dim: usize,
+    /// How queries and keys are rotated, when the network does that.
+    pub rope: Option<&'a RopeTables>,
 }
 
 /// A dense batch of equally long sequences without state: training and reference runs.
@@ -179,6 +209,8 @@ pub struct Cached<'a> {
     spans: Vec<(usize, i64)>,
     /// Masks already made in this forward: span, window, mask.
     masks: Vec<(usize, Option<i64>, Option<Tensor>)>,
+    /// The same as lists of columns, for our own kernel: span, window, columns of each row.
+    seen: Vec<(usize, Option<i64>, Vec<Seen>)>,
 }
 
 impl<'a> Cached<'a> {
@@ -192,6 +224,7 @@ impl<'a> Cached<'a> {
             cache,
             spans,
             masks: Vec::new(),
+            seen: Vec::new(),
         }
     }
 
@@ -215,7 +248,123 @@ impl<'a> Cached<'a> {
     }
 }
 
+/// Most rows of a span that our own kernel takes. It goes row by row, each in the same order
+/// of sums; libtorch's shares work between many rows.
+const MOST_ROWS: i64 = 64;
+
+impl Cached<'_> {
+    /// Writes the keys and values of one span and attends, on host memory.
+    fn span_on_host(
+        &mut self,
+        span: usize,
+        call: Call,
+        rows: &JointRows<'_>,
+        qkv: &[f32],
+        start: usize,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let JointRows {
+            heads,
+            kv_heads,
+            head_dim,
+            rope,
+            ..
+        } = *rows;
+        let (slot, count) = self.spans[span];
+        let (count, width) = (count as usize, (heads + 2 * kv_heads) * head_dim);
+        let (mut q, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new());
+        for row in start..start + count {
+            let all = &qkv[row * width..(row + 1) * width];
+            let (queries, rest) = all.split_at(heads * head_dim);
+            let (keys, values) = rest.split_at(kv_heads * head_dim);
+            let (new_q, new_k) = (q.len(), k.len());
+            q.extend_from_slice(queries);
+            k.extend_from_slice(keys);
+            v.extend_from_slice(values);
+            if let Some(rope) = rope {
+                rope.rotate_row(row, &mut q[new_q..], head_dim);
+                rope.rotate_row(row, &mut k[new_k..], head_dim);
+            }
+        }
+        self.cache.append_slices(slot, call.layer, &k, &v)?;
+        let out = &mut out[start * heads * head_dim..(start + count) * heads * head_dim];
+        self.attend_span(span, call, &q, heads, out)
+    }
+
+    /// Attention of one span, whose keys and values are in the cache.
+    fn attend_span(
+        &mut self,
+        span: usize,
+        call: Call,
+        q: &[f32],
+        heads: usize,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let slot = self.spans[span].0;
+        let known = |(s, w, _): &&(usize, Option<i64>, Vec<Seen>)| (*s, *w) == (span, call.window);
+        if self.seen.iter().find(known).is_none() {
+            let made = self.cache.seen(slot, call.window)?;
+            self.seen.push((span, call.window, made));
+        }
+        let seen = self
+            .seen
+            .iter()
+            .find(known)
+            .map_or(&[][..], |(.., seen)| seen);
+        self.cache.lend(slot, call.layer, |cache| {
+            let (threads, isa) = (threads::get(), Isa::chosen());
+            fused::attend(q, heads, cache, seen, call.scale as f32, out, threads, isa);
+        })
+    }
+
+    /// Does our own kernel take these rows of a span?
+    fn kernel_takes(&self, span: usize, call: Call, x: &Tensor) -> Result<bool> {
+        let (slot, rows) = self.spans[span];
+        Ok(rows <= MOST_ROWS
+            && kernels_take(x)
+            && self.cache.shape().device == Device::Cpu
+            && self.cache.is_whole(slot, call.layer)?)
+    }
+}
+
 impl Attend for Cached<'_> {
+    fn attend_jointly(&mut self, call: Call, rows: &JointRows<'_>) -> Result<Option<Tensor>> {
+        let JointRows {
+            qkv,
+            heads,
+            kv_heads,
+            head_dim,
+            rope,
+        } = *rows;
+        let total: i64 = self.spans.iter().map(|(_, n)| n).sum();
+        let shape = self.cache.shape();
+        let fits = qkv.size() == [total, ((heads + 2 * kv_heads) * head_dim) as i64]
+            && (shape.kv_heads, shape.head_dim) == (kv_heads as i64, head_dim as i64)
+            && rope.is_none_or(|r| r.size().0 == total as usize && r.size().1 <= head_dim);
+        if !fits {
+            return Ok(None);
+        }
+        for span in 0..self.spans.len() {
+            if !self.kernel_takes(span, call, qkv)? {
+                return Ok(None);
+            }
+        }
+        let qkv = qkv.f_contiguous()?;
+        let size = [total, (heads * head_dim) as i64];
+        let (out, done) = bridge::read(&qkv, |qkv: &[f32]| {
+            bridge::build(&size, |out: &mut [f32]| {
+                let mut start = 0;
+                for span in 0..self.spans.len() {
+                    self.span_on_host(span, call, rows, qkv, start, out)?;
+                    start += self.spans[span].1 as usize;
+                }
+                Ok::<(), Error>(())
+            })
+        })??;
+        done?;
+        Ok(Some(out))
+    }
+
     fn attend(&mut self, call: Call, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let mut outs = Vec::with_capacity(self.spans.len());
         let mut start = 0;
@@ -223,6 +372,24 @@ impl Attend for Cached<'_> {
             let (slot, rows) = self.spans[span];
             let part = |x: &Tensor| x.f_narrow(0, start, rows);
             self.cache.append(slot, call.layer, &part(k)?, &part(v)?)?;
+            if self.kernel_takes(span, call, q)? {
+                let [_, heads, width] = q.size()[..] else {
+                    return Err(Error::Input(
+                        "attention rows must be [rows, heads, head_dim]".into(),
+                    ));
+                };
+                let q = part(q)?.f_contiguous()?;
+                let size = [rows, heads * width];
+                let (out, done) = bridge::read(&q, |q: &[f32]| {
+                    bridge::build(&size, |out: &mut [f32]| {
+                        self.attend_span(span, call, q, heads as usize, out)
+                    })
+                })??;
+                done?;
+                outs.push(out);
+                start += rows;
+                continue;
+            }
             let (keys, values) = self.cache.view(slot, call.layer)?;
             let fresh = keys.size()[1] == rows; // nothing committed: plain causal needs no mask
             let causal = fresh
@@ -288,7 +455,8 @@ impl SelfAttention {
             c.dim,
             c.out_bias,
             c.out_init,
-        )?;
+        )?
+        .packed(p)?;
         let norm = |name: &str, eps| Norm::new(&p.pp(name), NormKind::Rms, c.head_dim, eps);
         let norms = c
             .qk_norm
@@ -319,10 +487,25 @@ impl SelfAttention {
     ) -> Result<Tensor> {
         let c = &self.config;
         let rows = x.size()[0];
-        let qkv = self
-            .qkv
-            .forward(x)?
-            .f_reshape([rows, c.heads + 2 * c.kv_heads, c.head_dim])?;
+        let call = Call {
+            layer,
+            window: c.window,
+            scale: self.scale,
+        };
+        let qkv = self.qkv.forward(x)?;
+        if self.norms.is_none() {
+            let joint = JointRows {
+                qkv: &qkv,
+                heads: c.heads as usize,
+                kv_heads: c.kv_heads as usize,
+                head_dim: c.head_dim as usize,
+                rope,
+            };
+            if let Some(attended) = attend.attend_jointly(call, &joint)? {
+                return self.out.forward(&attended);
+            }
+        }
+        let qkv = qkv.f_reshape([rows, c.heads + 2 * c.kv_heads, c.head_dim])?;
         let heads = |x: &Tensor, from: i64, n: i64| x.f_narrow(1, from, n);
         let v = heads(&qkv, c.heads + c.kv_heads, c.kv_heads)?;
         let (mut q, mut k);
@@ -346,11 +529,6 @@ impl SelfAttention {
             }
         }
         debug_assert_eq!(q.kind(), Kind::Float);
-        let call = Call {
-            layer,
-            window: c.window,
-            scale: self.scale,
-        };
         self.out.forward(&attend.attend(call, &q, &k, &v)?)
     }
 

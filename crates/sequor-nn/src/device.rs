@@ -1,6 +1,7 @@
 //! Choice of device and of the number format of weights.
 
 use crate::{Error, Result};
+use sequor_kernels::matmul::Format;
 use std::str::FromStr;
 use tch::{Device, Kind};
 
@@ -61,6 +62,68 @@ impl FromStr for DType {
     }
 }
 
+/// How the matrices of a model are kept for inference: in a number format of libtorch, or in
+/// one of our own formats, on which our own kernels compute
+/// ([`sequor_kernels::matmul`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Weights {
+    /// As the file has them where there are kernels for that: quantised blocks stay as they
+    /// are (those without kernels of their own become `q8_0`), floats keep their format.
+    #[default]
+    Auto,
+    /// Plain numbers. (On a CPU with vector instructions for it, bf16 is computed by our
+    /// kernels: the same numbers, faster.)
+    Float(DType),
+    /// Converted to this format.
+    Packed(Format),
+}
+
+impl Weights {
+    /// Names, as [`FromStr`] takes them.
+    pub const NAMES: &str = "auto, f32, f16, bf16, int8, q8_0, q4_0, q4_1 or q4_k";
+
+    /// The plain format that stands in where ours do not serve: for what is not a matrix of
+    /// a linear layer, and elsewhere than on a CPU.
+    #[must_use]
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::Float(dtype) => dtype,
+            Self::Auto | Self::Packed(_) => DType::Bf16,
+        }
+    }
+}
+
+impl From<DType> for Weights {
+    fn from(dtype: DType) -> Self {
+        Self::Float(dtype)
+    }
+}
+
+impl std::fmt::Display for Weights {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Float(dtype) => dtype.fmt(f),
+            Self::Packed(format) => format.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Weights {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        if s.eq_ignore_ascii_case("auto") {
+            return Ok(Self::Auto);
+        }
+        let float = s.parse::<DType>().map(Self::Float);
+        let packed = || s.parse::<Format>().map(Self::Packed);
+        float
+            .or_else(|_| packed())
+            .map_err(|_| Error::Input(format!("unknown weights '{s}': choose {}", Self::NAMES)))
+    }
+}
+
 /// Reads `cpu`, `cuda` or `cuda:N`.
 ///
 /// # Errors
@@ -111,6 +174,14 @@ mod tests {
                 .to_string()
                 .contains("choose f32")
         );
+        let weights = |s: &str| s.parse::<Weights>();
+        for name in [
+            "auto", "f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k",
+        ] {
+            assert_eq!(weights(name).unwrap().to_string(), name);
+            assert!(Weights::NAMES.contains(name));
+        }
+        assert!(weights("q2_k").unwrap_err().to_string().contains("q4_k"));
         assert_eq!(parse_device("cpu").unwrap(), Device::Cpu);
         assert!(parse_device("tpu").is_err());
         assert!(parse_device("cuda:x").is_err());

@@ -1,15 +1,14 @@
 //! Tables of vectors: token and learned position embeddings.
 
-use crate::linear::{Linear, prefers_transposed};
+use crate::linear::Linear;
+use crate::matrix::Matrix;
 use crate::{Init, ParamBuilder, Result};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// A table `[rows, dim]` looked up by index.
 #[derive(Debug)]
 pub struct Embedding {
-    weight: Tensor,
-    /// `[dim, rows]` instead, in the order that suits a head that shares the table.
-    transposed: bool,
+    table: Matrix,
 }
 
 impl Embedding {
@@ -19,8 +18,7 @@ impl Embedding {
     /// When a weight file cannot be read.
     pub fn new(p: &ParamBuilder, rows: i64, dim: i64, init: Init) -> Result<Self> {
         Ok(Self {
-            weight: p.matrix("weight", &[rows, dim], init)?,
-            transposed: false,
+            table: p.weight("weight", rows, dim, init)?,
         })
     }
 
@@ -29,16 +27,7 @@ impl Embedding {
     /// # Errors
     /// When an id lies outside the table.
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        if !self.transposed {
-            return Ok(
-                Tensor::f_embedding(&self.weight, ids, -1, false, false)?.f_to_kind(Kind::Float)?
-            );
-        }
-        // A head reads the whole table for every token, a lookup one column of it.
-        let mut shape = ids.size();
-        shape.push(self.weight.size()[0]);
-        let columns = self.weight.f_index_select(1, &ids.f_reshape([-1])?)?;
-        Ok(columns.f_t_copy()?.f_reshape(shape)?)
+        self.table.rows(ids)
     }
 
     /// The output head that shares this table. For inference the shared table is put into
@@ -47,23 +36,18 @@ impl Embedding {
     /// # Errors
     /// When libtorch cannot make the copy.
     pub fn tied_head(&mut self, p: &ParamBuilder) -> Result<Linear> {
-        if p.may_join() && !self.transposed && prefers_transposed(&self.weight) {
-            self.weight = self.weight.f_t_copy()?.f_contiguous()?;
-            self.transposed = true;
+        if p.may_join() {
+            let table = std::mem::replace(&mut self.table, Matrix::Dense(Tensor::new()));
+            self.table = table.pack()?;
         }
-        let weight = self.weight.shallow_clone();
-        if self.transposed {
-            Linear::from_transposed(weight)
-        } else {
-            Linear::from_weight(weight)
-        }
+        Ok(Linear::from_matrix(self.table.share()))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Device;
+    use tch::{Device, Kind};
 
     #[test]
     fn a_transposed_table_is_the_same_table() {
@@ -71,8 +55,7 @@ mod tests {
         let mut e = Embedding::new(&p, 7, 3, Init::Normal(1.0)).unwrap();
         let ids = Tensor::from_slice(&[4i64, 0, 6, 4]).reshape([2, 2]);
         let plain = e.forward(&ids).unwrap();
-        e.weight = e.weight.t_copy().contiguous();
-        e.transposed = true;
+        e.table = Matrix::Transposed(e.table.expand().unwrap().t_copy().contiguous());
         let turned = e.forward(&ids).unwrap();
         assert_eq!(turned.size(), [2, 2, 3]);
         assert_eq!((plain - turned).abs().max().double_value(&[]), 0.0);

@@ -12,6 +12,8 @@
 //! place and grown by chunks, so that memory follows the text and not the limit.
 
 use crate::{Error, Result};
+use sequor_kernels::bridge;
+use sequor_kernels::fused::{Cache, Seen};
 use tch::{Device, Kind, Tensor};
 
 /// Rows by which storage grows.
@@ -212,6 +214,115 @@ impl KvCache {
         Ok(())
     }
 
+    /// As [`append`](Self::append), from host memory.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append).
+    pub(crate) fn append_slices(
+        &mut self,
+        slot: usize,
+        layer: usize,
+        k: &[f32],
+        v: &[f32],
+    ) -> Result<()> {
+        let shape = self.shape;
+        let s = self.slot_mut(slot)?;
+        let rows = s.parents.len();
+        let l = s.layer_mut(layer)?;
+        let (heads, width) = (shape.kv_heads as usize, shape.head_dim as usize);
+        if k.len() != rows * heads * width || v.len() != k.len() {
+            return Err(Error::Input(format!(
+                "layer {layer}: {} keys where {rows} rows of {heads} heads x {width} were announced",
+                k.len()
+            )));
+        }
+        let at = l.committed;
+        l.grow(at + rows, at, &shape)?;
+        let plane = l.capacity * width;
+        for (store, new) in [(&mut l.k, k), (&mut l.v, v)] {
+            bridge::update(store, |store: &mut [f32]| {
+                for (i, head) in new.chunks_exact(width).enumerate() {
+                    let to = i % heads * plane + (at + i / heads) * width;
+                    store[to..to + width].copy_from_slice(head);
+                }
+            })?;
+        }
+        (l.pending, l.scratch) = ((0..rows).collect(), 0);
+        Ok(())
+    }
+
+    /// Lends the keys and values of one layer, all of its storage, if it has every row of the
+    /// slot.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a slot or layer that does not exist.
+    pub(crate) fn lend<R>(
+        &self,
+        slot: usize,
+        layer: usize,
+        f: impl FnOnce(Cache<'_>) -> R,
+    ) -> Result<R> {
+        let l = self.layer(slot, layer)?;
+        bridge::read(&l.k, |keys: &[f32]| {
+            bridge::read(&l.v, |values: &[f32]| {
+                f(Cache {
+                    keys,
+                    values,
+                    kv_heads: self.shape.kv_heads as usize,
+                    head_dim: self.shape.head_dim as usize,
+                })
+            })
+        })?
+        .map_err(Error::from)
+    }
+
+    /// Has this layer a row for each committed row of the slot?
+    pub(crate) fn is_whole(&self, slot: usize, layer: usize) -> Result<bool> {
+        Ok(self.layer(slot, layer)?.committed == self.slot(slot)?.committed)
+    }
+
+    fn layer(&self, slot: usize, layer: usize) -> Result<&Layer> {
+        self.slot(slot)?
+            .layers
+            .get(layer)
+            .ok_or_else(|| Error::Input(format!("no layer {layer} in this state")))
+    }
+
+    /// What [`mask`](Self::mask) says, as lists: the columns that each pending row sees.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a slot that does not exist.
+    pub(crate) fn seen(&self, slot: usize, window: Option<i64>) -> Result<Vec<Seen>> {
+        let s = self.slot(slot)?;
+        let (rows, committed) = (s.parents.len(), s.committed);
+        let ancestors = s.ancestors();
+        let seen = |i: usize| {
+            let own = s.positions[committed + i];
+            let far = |p: &i64| window.is_some_and(|w| own - *p >= w);
+            let first = s.positions[..committed].partition_point(far);
+            let mut seen = Seen {
+                first,
+                end: committed,
+                more: Vec::new(),
+            };
+            for j in (0..rows).filter(|j| ancestors[i * rows + j]) {
+                if far(&s.positions[committed + j]) {
+                    continue;
+                }
+                if seen.is_empty() {
+                    (seen.first, seen.end) = (committed + j, committed + j);
+                }
+                if seen.end == committed + j {
+                    seen.end += 1;
+                } else {
+                    seen.more.push(committed + j);
+                }
+            }
+            seen
+        };
+        Ok((0..rows).map(seen).collect())
+    }
+
     /// Writes keys and values (`[rows, kv_heads, head_dim]`) of scratch rows of one layer,
     /// behind its pending rows, until the next [`append`](Self::append),
     /// [`commit`](Self::commit) or [`discard`](Self::discard). Who sees them is said by
@@ -241,11 +352,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::Input`] for a slot or layer that does not exist.
     pub fn view(&self, slot: usize, layer: usize) -> Result<(Tensor, Tensor)> {
-        let l = self
-            .slot(slot)?
-            .layers
-            .get(layer)
-            .ok_or_else(|| Error::Input(format!("no layer {layer} in this state")))?;
+        let l = self.layer(slot, layer)?;
         let rows = (l.committed + l.pending.len() + l.scratch) as i64;
         Ok((l.k.f_narrow(1, 0, rows)?, l.v.f_narrow(1, 0, rows)?))
     }

@@ -13,6 +13,7 @@ pub mod kv;
 pub mod linear;
 pub mod lora;
 pub mod mask;
+pub mod matrix;
 pub mod norm;
 pub mod params;
 pub mod rope;

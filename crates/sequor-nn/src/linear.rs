@@ -1,49 +1,30 @@
 //! Linear layers: `y = x W^T + b`.
 
 use crate::lora::Lora;
+use crate::matrix::Matrix;
 use crate::{Error, Init, ParamBuilder, Result};
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
-/// How the weight of a linear layer is kept.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum Storage {
-    /// One dense matrix `[out, in]` in f32, f16 or bf16.
-    Dense(Tensor),
-    /// One dense f32 matrix `[in, out]`: the same numbers in the order that libtorch's
-    /// f32 product reads nearly twice as fast when there are more outputs than inputs and
-    /// few rows (docs/benchmarks.md).
-    Transposed(Tensor),
-}
-
-impl Storage {
-    fn tensor(&self) -> &Tensor {
-        match self {
-            Self::Dense(w) | Self::Transposed(w) => w,
-        }
-    }
-}
-
-/// A linear layer. Input and output are f32; the weight is in its own format.
+/// A linear layer. Input and output are f32; the weight is kept as [`Matrix`] says.
 #[derive(Debug)]
 pub struct Linear {
-    storage: Storage,
+    weight: Matrix,
     bias: Option<Tensor>,
     input: i64,
     output: i64,
     /// Low-rank updates, each with the first of the outputs that it changes.
     updates: Vec<(i64, Lora)>,
-    /// The weight without the updates, while they are merged into `storage`.
-    unmerged: Option<Storage>,
+    /// The weight without the updates, while they are merged into `weight`.
+    unmerged: Option<Matrix>,
 }
 
 impl Linear {
-    fn plain(storage: Storage, bias: Option<Tensor>, input: i64, output: i64) -> Self {
+    fn plain(weight: Matrix, bias: Option<Tensor>) -> Self {
         Self {
-            storage,
+            input: weight.input(),
+            output: weight.output(),
+            weight,
             bias,
-            input,
-            output,
             updates: Vec::new(),
             unmerged: None,
         }
@@ -56,50 +37,23 @@ impl Linear {
     /// # Errors
     /// When a weight file cannot be read.
     pub fn new(p: &ParamBuilder, input: i64, output: i64, bias: bool, init: Init) -> Result<Self> {
-        let weight = p.matrix("weight", &[output, input], init)?;
+        let weight = p.weight("weight", output, input, init)?;
         let bias = if bias {
             Some(p.matrix("bias", &[output], Init::Zeros)?)
         } else {
             None
         };
-        let mut layer = Self::plain(Storage::Dense(weight), bias, input, output);
+        let mut layer = Self::plain(weight, bias);
         if let Some(update) = p.lora(input, output)? {
             layer.updates.push((0, update));
         }
         Ok(layer)
     }
 
-    /// A layer over an existing matrix `[output, input]`, such as a tied embedding.
-    ///
-    /// # Errors
-    /// [`Error::Input`] when `weight` is not a matrix.
-    pub fn from_weight(weight: Tensor) -> Result<Self> {
-        let size = weight.size();
-        let [output, input] = size[..] else {
-            return Err(Error::Input(format!(
-                "a linear layer needs a matrix, and this tensor is {size:?}"
-            )));
-        };
-        Ok(Self::plain(Storage::Dense(weight), None, input, output))
-    }
-
-    /// A layer over an existing matrix stored as `[input, output]`.
-    ///
-    /// # Errors
-    /// [`Error::Input`] when `weight` is not a matrix.
-    pub fn from_transposed(weight: Tensor) -> Result<Self> {
-        let size = weight.size();
-        let [input, output] = size[..] else {
-            return Err(Error::Input(format!(
-                "a linear layer needs a matrix, and this tensor is {size:?}"
-            )));
-        };
-        Ok(Self::plain(
-            Storage::Transposed(weight),
-            None,
-            input,
-            output,
-        ))
+    /// A layer over an existing matrix, such as a tied embedding.
+    #[must_use]
+    pub fn from_matrix(weight: Matrix) -> Self {
+        Self::plain(weight, None)
     }
 
     /// Several layers over the same input as one, outputs side by side: one pass
@@ -119,24 +73,19 @@ impl Linear {
                 "layers to be joined must share their input and their use of biases".into(),
             ));
         }
-        let weights: Vec<&Tensor> = parts
-            .iter()
-            .map(|l| match &l.storage {
-                Storage::Dense(w) => Ok(w),
-                Storage::Transposed(_) => Err(Error::Config(
-                    "layers must be joined before they are packed".into(),
-                )),
-            })
-            .collect::<Result<_>>()?;
+        let weights: Vec<&Matrix> = parts.iter().map(|l| &l.weight).collect();
+        let weight = Matrix::join(&weights)?.ok_or_else(|| {
+            Error::Config(
+                "layers that are kept in different ways, or packed, cannot be joined".into(),
+            )
+        })?;
         let biases: Vec<&Tensor> = parts.iter().filter_map(|l| l.bias.as_ref()).collect();
         let bias = if biases.is_empty() {
             None
         } else {
             Some(Tensor::f_cat(&biases, 0)?)
         };
-        let storage = Storage::Dense(Tensor::f_cat(&weights, 0)?);
-        let output = parts.iter().map(|l| l.output).sum();
-        let mut joined = Self::plain(storage, bias, input, output);
+        let mut joined = Self::plain(weight, bias);
         let mut start = 0;
         for part in parts {
             let attached = part.updates.iter().filter(|_| part.unmerged.is_none());
@@ -170,25 +119,16 @@ impl Linear {
                 "a layer with a low-rank update can be cut once the update is merged".into(),
             ));
         }
-        if let Some(bad) = outputs.iter().find(|&&o| i64::from(o) >= self.output) {
-            return Err(Error::Input(format!(
-                "output {bad} of a linear layer with {} outputs",
-                self.output
-            )));
-        }
-        let index: Vec<i64> = outputs.iter().map(|&o| i64::from(o)).collect();
-        let index = Tensor::f_from_slice(&index)?.f_to_device(self.storage.tensor().device())?;
-        let storage = match &self.storage {
-            Storage::Dense(w) => Storage::Dense(w.f_index_select(0, &index)?),
-            Storage::Transposed(w) => {
-                Storage::Transposed(w.f_index_select(1, &index)?.f_contiguous()?)
-            }
-        };
+        let weight = self.weight.select(outputs)?;
         let bias = match &self.bias {
-            Some(b) => Some(b.f_index_select(0, &index)?),
+            Some(b) => {
+                let index: Vec<i64> = outputs.iter().map(|&o| i64::from(o)).collect();
+                let index = Tensor::f_from_slice(&index)?.f_to_device(b.device())?;
+                Some(b.f_index_select(0, &index)?)
+            }
             None => None,
         };
-        Ok(Self::plain(storage, bias, self.input, outputs.len() as i64))
+        Ok(Self::plain(weight, bias))
     }
 
     /// Adds a low-rank update to the outputs from `first` on (0 for a layer of its own;
@@ -232,32 +172,14 @@ impl Linear {
         if self.updates.is_empty() || self.unmerged.is_some() {
             return Ok(());
         }
-        let _no_grad = tch::no_grad_guard();
-        let add = |w: &Tensor, outputs: i64, transposed: bool| -> Result<Tensor> {
-            let sum = w.f_detach()?.f_to_kind(Kind::Float)?;
-            let sum = if w.kind() == Kind::Float {
-                sum.f_detach_copy()?
-            } else {
-                sum
-            };
+        let merged = self.weight.changed(|sum| {
             for (first, update) in &self.updates {
-                let delta = update.delta()?;
-                let delta = if transposed {
-                    delta.f_transpose(0, 1)?
-                } else {
-                    delta
-                };
-                let _ = sum
-                    .f_narrow(outputs, *first, update.output())?
-                    .f_add_(&delta)?;
+                let part = sum.f_narrow(0, *first, update.output())?;
+                let _ = { part }.f_add_(&update.delta()?)?;
             }
-            Ok(sum.f_to_kind(w.kind())?)
-        };
-        let merged = match &self.storage {
-            Storage::Dense(w) => Storage::Dense(add(w, 0, false)?),
-            Storage::Transposed(w) => Storage::Transposed(add(w, 1, true)?),
-        };
-        self.unmerged = Some(std::mem::replace(&mut self.storage, merged));
+            Ok(())
+        })?;
+        self.unmerged = Some(std::mem::replace(&mut self.weight, merged));
         Ok(())
     }
 
@@ -268,7 +190,7 @@ impl Linear {
     /// None at present.
     pub fn unmerge(&mut self) -> Result<()> {
         if let Some(weight) = self.unmerged.take() {
-            self.storage = weight;
+            self.weight = weight;
         }
         Ok(())
     }
@@ -293,21 +215,15 @@ impl Linear {
     }
 
     pub(crate) fn pack(self) -> Result<Self> {
-        match self.storage {
-            Storage::Dense(w) if prefers_transposed(&w) => {
-                let storage = Storage::Transposed(w.f_t_copy()?.f_contiguous()?);
-                Ok(Self { storage, ..self })
-            }
-            storage => Ok(Self { storage, ..self }),
-        }
+        let weight = self.weight.pack()?;
+        Ok(Self { weight, ..self })
     }
 
     /// Bytes of weights that one pass reads.
     pub fn bytes(&self) -> usize {
-        let w = self.storage.tensor();
         let attached = self.updates.iter().filter(|_| self.unmerged.is_none());
         let updates: usize = attached.map(|(_, u)| u.bytes()).sum();
-        w.numel() * w.kind().elt_size_in_bytes() + updates
+        self.weight.bytes() + updates
     }
 
     /// `x`: `[.., input]` f32; gives `[.., output]` f32.
@@ -315,7 +231,7 @@ impl Linear {
     /// # Errors
     /// When the last dimension is not `input`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut y = self.product(x)?;
+        let mut y = self.weight.product(x, self.bias.as_ref())?;
         if self.unmerged.is_some() {
             return Ok(y);
         }
@@ -329,32 +245,6 @@ impl Linear {
         }
         Ok(y)
     }
-
-    fn product(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.storage {
-            Storage::Transposed(w) => {
-                let y = x.f_matmul(w)?;
-                match &self.bias {
-                    Some(b) => Ok(y.f_add(b)?),
-                    None => Ok(y),
-                }
-            }
-            Storage::Dense(w) if w.kind() == Kind::Float => Ok(x.f_linear(w, self.bias.as_ref())?),
-            Storage::Dense(w) => Ok(x
-                .f_to_kind(w.kind())?
-                .f_linear(w, self.bias.as_ref())?
-                .f_to_kind(Kind::Float)?),
-        }
-    }
-}
-
-/// Is this matrix `[out, in]` read faster transposed? Measured on CPUs with AVX-512 and f32:
-/// at one row 1.4 to 1.8 times where there are more outputs than inputs, and slower
-/// elsewhere; 16-bit formats never gain.
-pub(crate) fn prefers_transposed(w: &Tensor) -> bool {
-    matches!(w.size()[..], [out, input] if out > input)
-        && w.kind() == Kind::Float
-        && w.device() == Device::Cpu
 }
 
 /// Several linear layers over one input: joined into one matrix for inference,
@@ -375,10 +265,13 @@ impl Joined {
         let widths = parts.iter().map(Linear::output).collect();
         let uniform =
             parts.iter().all(|l| l.bias.is_some()) || parts.iter().all(|l| l.bias.is_none());
-        let parts = if p.may_join() && uniform {
+        let weights: Vec<&Matrix> = parts.iter().map(|l| &l.weight).collect();
+        let parts = if !p.may_join() {
+            parts
+        } else if uniform && Matrix::may_join(&weights) {
             vec![Linear::join(&parts)?.pack()?]
         } else {
-            parts
+            parts.into_iter().map(Linear::pack).collect::<Result<_>>()?
         };
         Ok(Self { parts, widths })
     }
@@ -459,6 +352,7 @@ impl Joined {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tch::{Device, Kind};
 
     #[test]
     fn joined_and_packed_layers_equal_separate_ones() {
@@ -490,7 +384,7 @@ mod tests {
             assert!(joined.select_outputs(&[9]).is_err());
             let packed = joined.pack().unwrap();
             assert!(near(part(&packed)));
-            assert!(matches!(packed.storage, Storage::Transposed(_)));
+            assert!(matches!(packed.weight, Matrix::Transposed(_)));
             close(&packed);
             assert!(Linear::join(&[packed]).is_err());
         }

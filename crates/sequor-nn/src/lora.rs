@@ -16,6 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use sequor_kernels::matmul::Stored;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
@@ -471,6 +472,13 @@ impl<S: TensorSource> TensorSource for LoraMerged<S> {
         match self.update(name) {
             Some(lora) => Ok(weight.f_to_kind(Kind::Float)?.f_add(&lora.delta()?)?),
             None => Ok(weight),
+        }
+    }
+
+    fn stored(&self, name: &str) -> Result<Option<Stored>> {
+        match self.update(name) {
+            Some(_) => Ok(None),
+            None => self.source.stored(name),
         }
     }
 

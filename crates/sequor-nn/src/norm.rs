@@ -1,6 +1,9 @@
 //! Layer norms. Both work in f32 whatever the number format of the weights.
 
-use crate::{Init, ParamBuilder, Result};
+use crate::matrix::kernels_take;
+use crate::{Error, Init, ParamBuilder, Result};
+use sequor_kernels::matmul::Isa;
+use sequor_kernels::{bridge, fused, threads};
 use tch::Tensor;
 
 /// Which of the two norms a network uses.
@@ -44,12 +47,32 @@ impl Norm {
         &self.weight
     }
 
+    /// RMS norm in one call of our own.
+    fn rms(&self, x: &Tensor) -> Result<Tensor> {
+        let (shape, width) = (x.size(), self.weight.size());
+        if shape.last() != width.first() {
+            return Err(Error::Input(format!(
+                "a norm of width {width:?} was given rows of shape {shape:?}"
+            )));
+        }
+        let x = x.f_contiguous()?;
+        let (y, ()) = bridge::read(&x, |x: &[f32]| {
+            bridge::read(&self.weight, |w: &[f32]| {
+                bridge::build(&shape, |y: &mut [f32]| {
+                    fused::rms_norm(x, w, self.eps as f32, y, threads::get(), Isa::chosen());
+                })
+            })
+        })???;
+        Ok(y)
+    }
+
     /// `x`: `[.., dim]` f32; the same shape comes back.
     ///
     /// # Errors
     /// When the last dimension is not `dim`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self.kind {
+            NormKind::Rms if kernels_take(x) && !self.weight.requires_grad() => self.rms(x),
             // libtorch's own rms_norm is a composite of more operations than this.
             NormKind::Rms => {
                 let mut mean_square = x.f_square()?.f_mean_dim([-1i64].as_slice(), true, None)?;

@@ -6,9 +6,12 @@
 //! does not stop the construction; [`ParamBuilder::finish`] names all of them in
 //! one error, each with the nearest name the file does have.
 
+use crate::device::{DType, Weights};
 use crate::lora::{Lora, LoraConfig};
+use crate::matrix::{Matrix, quantise};
 use crate::weights::TensorSource;
 use crate::{Error, Result};
+use sequor_kernels::matmul::{Format, Isa, Stored};
 use sequor_kernels::rng::{Key, Purpose};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -150,6 +153,7 @@ struct Shared {
     source: Option<Rc<dyn TensorSource>>,
     mode: Mode,
     kind: Kind,
+    weights: Weights,
     device: Device,
     /// Which linear layers get a trainable low-rank update, and the seed of its numbers.
     lora: Option<(LoraConfig, u64)>,
@@ -161,6 +165,7 @@ struct Shared {
 pub struct ParamBuilder {
     shared: Rc<Shared>,
     prefix: String,
+    exact: bool,
 }
 
 impl ParamBuilder {
@@ -169,6 +174,7 @@ impl ParamBuilder {
             source,
             mode,
             kind,
+            weights: Weights::Float(DType::F32),
             device,
             lora: None,
             account: RefCell::default(),
@@ -176,12 +182,37 @@ impl ParamBuilder {
         Self {
             shared: Rc::new(shared),
             prefix: String::new(),
+            exact: false,
         }
     }
 
     /// Parameters from a checkpoint, for inference. Matrices are converted to `kind`.
     pub fn load(source: Box<dyn TensorSource>, kind: Kind, device: Device) -> Self {
         Self::new(Some(source.into()), Mode::Infer, kind, device)
+    }
+
+    /// Parameters from a checkpoint, for inference, matrices kept as `weights` says. Elsewhere
+    /// than on a CPU, and where this processor has no instructions for our formats,
+    /// [`Weights::Auto`] means plain floats.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for one of our formats elsewhere than on a CPU.
+    pub fn load_as(
+        source: Box<dyn TensorSource>,
+        weights: Weights,
+        device: Device,
+    ) -> Result<Self> {
+        let cpu = device == Device::Cpu;
+        if let (Weights::Packed(format), false) = (weights, cpu) {
+            return Err(Error::Unsupported(format!(
+                "weights kept as {format} are computed on a CPU, not on {device:?}: choose f32, f16 or bf16"
+            )));
+        }
+        let mut builder = Self::load(source, weights.dtype().kind(), device);
+        if let (Some(shared), true) = (Rc::get_mut(&mut builder.shared), cpu) {
+            shared.weights = weights;
+        }
+        Ok(builder)
     }
 
     /// Trainable parameters drawn from their initial laws. The numbers depend on
@@ -210,6 +241,7 @@ impl ParamBuilder {
             source: s.source.clone(),
             mode: s.mode,
             kind: s.kind,
+            weights: s.weights,
             device: s.device,
             lora: Some((config, seed)),
             account: RefCell::default(),
@@ -217,6 +249,7 @@ impl ParamBuilder {
         Ok(Self {
             shared: Rc::new(shared),
             prefix: self.prefix,
+            exact: self.exact,
         })
     }
 
@@ -260,6 +293,17 @@ impl ParamBuilder {
         Self {
             shared: self.shared.clone(),
             prefix: format!("{}{name}.", self.prefix),
+            exact: self.exact,
+        }
+    }
+
+    /// The same builder for parts whose matrices must not be quantised, such as the router
+    /// of a mixture of experts: few numbers, and a small error in them changes who computes.
+    #[must_use]
+    pub fn exact(&self) -> Self {
+        Self {
+            exact: true,
+            ..self.clone()
         }
     }
 
@@ -301,6 +345,53 @@ impl ParamBuilder {
         self.get(name, shape, init, Role::Matrix)
     }
 
+    /// The matrix `name` `[output, input]` of a linear layer or a table, by rows and kept as
+    /// was asked for.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or the format cannot keep this matrix; a missing or
+    /// mis-shaped tensor is reported by [`finish`](Self::finish).
+    pub fn weight(&self, name: &str, output: i64, input: i64, init: Init) -> Result<Matrix> {
+        let shape = [output, input];
+        if let Some(stored) = self.quantised(name, &shape)? {
+            let full = format!("{}{name}", self.prefix);
+            self.shared.account.borrow_mut().requested.insert(full);
+            return Ok(Matrix::Stored(stored));
+        }
+        Ok(Matrix::Dense(self.matrix(name, &shape, init)?))
+    }
+
+    /// The matrix in the format of ours that it is to be kept in, if it is.
+    fn quantised(&self, name: &str, shape: &[i64; 2]) -> Result<Option<Stored>> {
+        let s = &*self.shared;
+        let wanted = s.weights;
+        if self.exact || s.mode != Mode::Infer || matches!(wanted, Weights::Float(_)) {
+            return Ok(None);
+        }
+        let full = format!("{}{name}", self.prefix);
+        let Some((source, info)) = s.source.as_ref().and_then(|f| Some((f, f.info(&full)?))) else {
+            return Ok(None);
+        };
+        if info.shape != shape {
+            return Ok(None);
+        }
+        let format = match wanted {
+            Weights::Packed(format) => format,
+            // Blocks of other types have more than four bits and fit these.
+            _ if info.dtype.is_quantised() && Isa::serve() => {
+                info.dtype.format().unwrap_or(Format::Q8_0)
+            }
+            _ => return Ok(None),
+        };
+        if info.dtype.format() == Some(format)
+            && let Some(stored) = source.stored(&full)?
+        {
+            return Ok(Some(stored));
+        }
+        let stored = quantise(format, &source.load(&full)?);
+        stored.map(Some).map_err(|e| e.in_layer(&full))
+    }
+
     /// The vector `name` of the given shape, in f32.
     ///
     /// # Errors
@@ -313,7 +404,7 @@ impl ParamBuilder {
         let s = &*self.shared;
         let full = format!("{}{name}", self.prefix);
         let kind = if role == Role::Matrix {
-            s.kind
+            self.kind_of(&full)
         } else {
             Kind::Float
         };
@@ -366,6 +457,20 @@ impl ParamBuilder {
             return Ok(value);
         }
         Ok(value)
+    }
+
+    /// The number format of a matrix that is kept as plain numbers: what was asked for, or
+    /// with [`Weights::Auto`] that of the file.
+    fn kind_of(&self, full: &str) -> Kind {
+        let s = &*self.shared;
+        if s.weights != Weights::Auto {
+            return s.kind;
+        }
+        let info = s.source.as_ref().and_then(|f| f.info(full));
+        match info.and_then(|i| i.dtype.kind()) {
+            Some(kind @ (Kind::Half | Kind::BFloat16)) => kind,
+            _ => Kind::Float,
+        }
     }
 
     /// Ends the construction.

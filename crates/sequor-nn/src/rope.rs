@@ -4,7 +4,11 @@
 //! and clips: each frequency turns with the position along its own axis. Tables
 //! are computed in f32 from explicit positions, once per forward for all layers.
 
+use crate::matrix::kernels_take;
 use crate::{Error, Result};
+use sequor_kernels::bridge;
+use sequor_kernels::fused::{Pairs, rotate};
+use sequor_kernels::matmul::Isa;
 use tch::{Device, Tensor};
 
 /// Which two channels form a rotated pair.
@@ -269,6 +273,7 @@ impl Rope {
         Ok(RopeTables {
             cos: tensor(&cos)?,
             sin: tensor(&sin)?,
+            host: (cos, sin),
             dim: self.dim as i64,
             pairing: self.pairing,
         })
@@ -333,6 +338,8 @@ fn check(scaling: &Scaling, dim: usize) -> Result<()> {
 pub struct RopeTables {
     cos: Tensor, // [rows, 1, dim]
     sin: Tensor,
+    /// The same numbers for our own kernels.
+    host: (Vec<f32>, Vec<f32>),
     dim: i64,
     pairing: Pairing,
 }
@@ -361,9 +368,44 @@ impl RopeTables {
         Ok(Self {
             cos: cat(|p| &p.cos)?,
             sin: cat(|p| &p.sin)?,
+            host: (
+                parts
+                    .iter()
+                    .flat_map(|p| p.host.0.iter().copied())
+                    .collect(),
+                parts
+                    .iter()
+                    .flat_map(|p| p.host.1.iter().copied())
+                    .collect(),
+            ),
             dim,
             pairing,
         })
+    }
+
+    /// Rotates the heads of row `row`, one after the other in `x`, in place.
+    pub(crate) fn rotate_row(&self, row: usize, x: &mut [f32], head_dim: usize) {
+        let dim = self.dim as usize;
+        let table = |t: &'_ [f32]| row * dim..((row + 1) * dim).min(t.len());
+        let (cos, sin) = (&self.host.0, &self.host.1);
+        let pairs = match self.pairing {
+            Pairing::Halves => Pairs::Halves,
+            Pairing::Neighbours => Pairs::Neighbours,
+        };
+        rotate(
+            x,
+            head_dim,
+            &cos[table(cos)],
+            &sin[table(sin)],
+            pairs,
+            Isa::chosen(),
+        );
+    }
+
+    /// Number of rows that it has angles for, and of channels that it turns.
+    pub(crate) fn size(&self) -> (usize, usize) {
+        let dim = self.dim as usize;
+        (self.host.0.len() / dim.max(1), dim)
     }
 
     /// Rotates `x`: `[rows, heads, head_dim]`; channels beyond the rotary ones pass through.
@@ -372,6 +414,23 @@ impl RopeTables {
     /// When the shape does not fit the tables.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let head_dim = x.size().last().copied().unwrap_or(0);
+        let (rows, dim) = self.size();
+        if kernels_take(x)
+            && let [n, heads, width] = x.size()[..]
+            && (n as usize, dim <= width as usize) == (rows, true)
+        {
+            let x = x.f_contiguous()?;
+            let row = (heads * width) as usize;
+            let (y, ()) = bridge::read(&x, |x: &[f32]| {
+                bridge::build(&[n, heads, width], |y: &mut [f32]| {
+                    y.copy_from_slice(x);
+                    for (i, y) in y.chunks_exact_mut(row.max(1)).enumerate() {
+                        self.rotate_row(i, y, width as usize);
+                    }
+                })
+            })??;
+            return Ok(y);
+        }
         if head_dim == self.dim {
             return self.rotate(x);
         }

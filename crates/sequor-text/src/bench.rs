@@ -11,7 +11,7 @@ use crate::stream::Generation;
 use crate::{Error, Result};
 use sequor_kernels::{bandwidth, cpu, memory, threads};
 use sequor_nn::Device;
-use sequor_nn::device::DType;
+use sequor_nn::device::Weights;
 use sequor_tokenizers::Message;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Debug)]
 pub struct DecodeBench {
     /// Number formats, in this order.
-    pub dtypes: Vec<DType>,
+    pub weights: Vec<Weights>,
     /// Tokens per repeat.
     pub tokens: usize,
     /// Repeats; medians are reported.
@@ -170,9 +170,9 @@ pub fn bench_decode(
         );
     }
     let mut rows = Vec::new();
-    for &dtype in &bench.dtypes {
-        say(&format!("measuring {dtype}"));
-        rows.push(row(path, dtype, n, bench, bandwidth)?);
+    for &weights in &bench.weights {
+        say(&format!("measuring {weights}"));
+        rows.push(row(path, weights, n, bench, bandwidth)?);
     }
     Ok(DecodeReport {
         model: path.display().to_string(),
@@ -199,13 +199,13 @@ fn reset_peak() {
 
 fn row(
     path: &Path,
-    dtype: DType,
+    weights: Weights,
     n: usize,
     bench: &DecodeBench,
     bandwidth: f64,
 ) -> Result<DecodeRow> {
     let options = LoadOptions {
-        dtype,
+        weights,
         device: Device::Cpu,
         threads: Some(n),
     };
@@ -262,7 +262,7 @@ fn row(
     let bytes = pipeline.model().decoder().bytes_per_token();
     let tokens_per_second = Spread::of(speed);
     Ok(DecodeRow {
-        dtype: dtype.to_string(),
+        dtype: weights.to_string(),
         load_seconds,
         bytes_per_token: bytes,
         tokens_per_second,
@@ -357,7 +357,7 @@ impl fmt::Display for DecodeReport {
         )?;
         writeln!(
             f,
-            "\n| dtype | tokens/s (min-max) | of bandwidth | first token | prefill tokens/s | load | peak memory (bound) | sampling |"
+            "\n| weights | tokens/s (min-max) | of bandwidth | first token | prefill tokens/s | load | peak memory (bound) | sampling |"
         )?;
         writeln!(f, "|---|---|---|---|---|---|---|---|")?;
         for r in &self.rows {
@@ -381,7 +381,7 @@ impl fmt::Display for DecodeReport {
         }
         writeln!(
             f,
-            "\n| dtype | task | method | tokens per call | accepted | speed over plain | same text |\n|---|---|---|---|---|---|---|"
+            "\n| weights | task | method | tokens per call | accepted | speed over plain | same text |\n|---|---|---|---|---|---|---|"
         )?;
         for r in &self.rows {
             for s in &r.speculation {

@@ -63,7 +63,7 @@ impl DraftHeads {
                 )));
             }
         };
-        let heads = Heads::load(folder, options.dtype, options.device, target)?;
+        let heads = Heads::load(folder, options.weights.dtype(), options.device, target)?;
         Ok(Self::Tree(kind, Box::new(heads)))
     }
 

@@ -182,7 +182,7 @@ pub fn bench_matrix(
         .collect();
     Ok(Matrix {
         prompts: (prompts.name.clone(), prompts.sha256.clone()),
-        dtype: pipeline.model().dtype().to_string(),
+        dtype: pipeline.model().weights().to_string(),
         temperature: bench.temperature,
         tokens: bench.tokens,
         cells,

@@ -2,7 +2,7 @@
 
 use crate::{Error, Result};
 use sequor_nn::Device;
-use sequor_nn::device::DType;
+use sequor_nn::device::{DType, Weights};
 use sequor_sampling::verify::Acceptance;
 use sequor_sampling::{DepthPolicy, GenerationConfig, Options};
 use serde::{Deserialize, Serialize};
@@ -17,8 +17,9 @@ const ADAPTIVE_MAX: usize = 10;
 /// How a model is brought into memory.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
-    /// Number format of the matrices.
-    pub dtype: DType,
+    /// How the matrices are kept. f32 is the reference arithmetic; with [`Weights::Auto`] they
+    /// stay as the file has them, and are read as fast as this machine can.
+    pub weights: Weights,
     /// Where they are kept.
     pub device: Device,
     /// Threads for arithmetic; the machine's cores when absent.
@@ -28,7 +29,7 @@ pub struct LoadOptions {
 impl Default for LoadOptions {
     fn default() -> Self {
         Self {
-            dtype: DType::F32,
+            weights: Weights::Float(DType::F32),
             device: Device::Cpu,
             threads: None,
         }

@@ -59,7 +59,7 @@ impl TextPipeline {
                 .unwrap_or_else(sequor_kernels::threads::default_count),
         );
         let tokenizer = load_tokenizer(path)?;
-        let model = CausalLm::load(path, options.dtype, options.device)?;
+        let model = CausalLm::load(path, options.weights, options.device)?;
         let mut eos = model.config().eos.clone();
         eos.extend(extra_eos(path)?);
         eos.extend(tokenizer.eos());
@@ -91,7 +91,7 @@ impl TextPipeline {
     /// As [`load`](Self::load), and [`Error::Input`] when the vocabularies differ.
     pub fn load_draft(&mut self, path: &Path, options: &LoadOptions) -> Result<()> {
         let tokenizer = load_tokenizer(path)?;
-        let draft = CausalLm::load(path, options.dtype, options.device)?;
+        let draft = CausalLm::load(path, options.weights, options.device)?;
         let (ours, theirs) = (self.model.vocab_size(), draft.vocab_size());
         let same = |id: u32| tokenizer.id_to_token(id) == self.tokenizer.id_to_token(id);
         let differs = (0..self.tokenizer.vocab_size().max(tokenizer.vocab_size()) as u32)
@@ -139,7 +139,7 @@ impl TextPipeline {
         routers.check(&self.model)?;
         if let Some(adapter) = routers.adapter() {
             let source = self.model.source().to_path_buf();
-            self.model = load_adapted(&source, adapter, options.dtype, options.device)?;
+            self.model = load_adapted(&source, adapter, options.weights, options.device)?;
             self.heads.clear();
         }
         self.routers = Some(routers);

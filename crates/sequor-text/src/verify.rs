@@ -243,7 +243,7 @@ pub fn verify(
     let mut report = VerifyReport {
         method: options.speculate.to_string(),
         lossy: None,
-        dtype: pipeline.model().dtype().to_string(),
+        dtype: pipeline.model().weights().to_string(),
         greedy: GreedyTest {
             prompts: how.prompts,
             equal: 0,

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use sequor_nn::device::DType;
+use sequor_nn::device::{DType, Weights};
 use sequor_nn::lora::{Adapter, LoraConfig, LoraMerged};
 use sequor_nn::weights::{self, Gguf, TensorSource};
 use sequor_nn::{Device, Kind, ParamBuilder, Result};
@@ -16,14 +16,20 @@ use crate::{CausalLm, Decoder, DecoderConfig, keys};
 ///
 /// # Errors
 /// As [`CausalLm::load`]; one error that lists everything about the adapter that does not fit.
-pub fn load_adapted(path: &Path, adapter: &Path, dtype: DType, device: Device) -> Result<CausalLm> {
+pub fn load_adapted(
+    path: &Path,
+    adapter: &Path,
+    weights: impl Into<Weights>,
+    device: Device,
+) -> Result<CausalLm> {
+    let keep = weights.into();
     let config = read_config(path)?;
     let source = LoraMerged::new(open(path, &config)?, Adapter::open(adapter)?)?;
-    let params = ParamBuilder::load(Box::new(source), dtype.kind(), device);
+    let params = ParamBuilder::load_as(Box::new(source), keep, device)?;
     let check = params.dry_run();
     Decoder::new(&check, &config)?;
     check.finish()?;
-    Ok(CausalLm::new(Decoder::new(&params, &config)?, path, dtype))
+    Ok(CausalLm::new(Decoder::new(&params, &config)?, path, keep))
 }
 
 /// Loads a model in f32 with a trainable low-rank update on every layer that `config` names.

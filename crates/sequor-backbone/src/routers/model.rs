@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use sequor_nn::attention::{Attend, Cached, Call};
+use sequor_nn::attention::{Attend, Cached, Call, JointRows};
 use sequor_nn::block::Pass;
 use sequor_nn::{Error, Result, Tensor};
 use sequor_sampling::{LogitRows, Output, Step, TargetModel};
@@ -338,6 +338,13 @@ struct Split<'a> {
 }
 
 impl Attend for Split<'_> {
+    fn attend_jointly(&mut self, call: Call, rows: &JointRows<'_>) -> Result<Option<Tensor>> {
+        match (&mut self.prompts, &mut self.main) {
+            (Some(one), None) | (None, Some(one)) => one.attend_jointly(call, rows),
+            _ => Ok(None),
+        }
+    }
+
     fn attend(&mut self, call: Call, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let total = q.size().first().copied().unwrap_or_default();
         let rows = self.rows;

@@ -3,7 +3,7 @@
 use super::model::resolve;
 use crate::args::BenchDecode;
 use crate::exit::{Exit, Result, failure, usage};
-use sequor_nn::device::DType;
+use sequor_nn::device::Weights;
 use sequor_text::bench::{DecodeBench, DecodeReport, bench_decode};
 use std::process::{Command, Stdio};
 
@@ -14,24 +14,24 @@ pub fn run(a: &BenchDecode) -> Result {
             "--tokens, --repeats and --threads must be at least 1",
         ));
     }
-    let dtypes = a
-        .dtypes
+    let weights = a
+        .weights
         .iter()
-        .map(|d| d.parse::<DType>().map_err(usage))
+        .map(|w| w.parse::<Weights>().map_err(usage))
         .collect::<Result<Vec<_>>>()?;
-    let report = match dtypes[..] {
-        [] => return Err(usage("--dtypes must name at least one number format")),
-        [dtype] => {
+    let report = match weights[..] {
+        [] => return Err(usage("--weights must name at least one format")),
+        [only] => {
             let path = resolve(&a.model, a.offline)?;
             let bench = DecodeBench {
-                dtypes: vec![dtype],
+                weights: vec![only],
                 tokens: a.tokens,
                 repeats: a.repeats,
                 threads: a.threads,
             };
             bench_decode(&path, &bench, |line| eprintln!("{line}"))?
         }
-        _ => one_process_each(a, &dtypes)?,
+        _ => one_process_each(a, &weights)?,
     };
     println!("{report}");
     if a.json {
@@ -40,17 +40,17 @@ pub fn run(a: &BenchDecode) -> Result {
     Ok(())
 }
 
-/// One process per number format, so that what one leaves behind in memory does not count
+/// One process per format, so that what one leaves behind in memory does not count
 /// for the next.
-fn one_process_each(a: &BenchDecode, dtypes: &[DType]) -> Result<DecodeReport> {
+fn one_process_each(a: &BenchDecode, weights: &[Weights]) -> Result<DecodeReport> {
     let exe = std::env::current_exe().map_err(failure)?;
     let mut whole: Option<DecodeReport> = None;
-    for dtype in dtypes {
+    for weights in weights {
         let mut child = Command::new(&exe);
         child.args(["bench", "decode", "--json", "--model", &a.model]);
         child.args([
-            "--dtypes",
-            &dtype.to_string(),
+            "--weights",
+            &weights.to_string(),
             "--tokens",
             &a.tokens.to_string(),
         ]);
@@ -64,7 +64,7 @@ fn one_process_each(a: &BenchDecode, dtypes: &[DType]) -> Result<DecodeReport> {
         let output = child.stderr(Stdio::inherit()).output().map_err(failure)?;
         if !output.status.success() {
             return Err(Exit::Failure(format!(
-                "measuring {dtype} failed (see above)"
+                "measuring {weights} failed (see above)"
             )));
         }
         let text = String::from_utf8_lossy(&output.stdout);
@@ -74,5 +74,5 @@ fn one_process_each(a: &BenchDecode, dtypes: &[DType]) -> Result<DecodeReport> {
             None => whole = Some(part),
         }
     }
-    whole.ok_or_else(|| usage("--dtypes must name at least one number format"))
+    whole.ok_or_else(|| usage("--weights must name at least one format"))
 }

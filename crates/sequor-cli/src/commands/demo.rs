@@ -27,7 +27,7 @@ pub fn run(a: &Demo) -> Result {
     let cancel = cancel_flag()?;
     let (path, chat) = model(a.offline)?;
     let loading = LoadOptions {
-        dtype,
+        weights: dtype.into(),
         ..LoadOptions::default()
     };
     let mut pipeline = TextPipeline::load(&path, &loading)?;

@@ -2,7 +2,8 @@
 
 use crate::args::Doctor;
 use crate::exit::{Exit, Result};
-use sequor_kernels::{cpu, cuda, memory, threads};
+use sequor_kernels::matmul::{Format, Isa};
+use sequor_kernels::{cpu, cuda, memory, team, threads};
 use sequor_nn::{Device, Kind, Tensor, tch};
 use std::io::Write;
 use std::time::Duration;
@@ -111,6 +112,22 @@ fn checks() -> Vec<Line> {
         ),
         "",
     );
+
+    let kernels = if Isa::serve() {
+        let team = if team::available() {
+            "on libtorch's threads"
+        } else {
+            "on one thread: libtorch's OpenMP was not found"
+        };
+        format!(
+            "{} (bf16: {}), {team}",
+            Isa::chosen(),
+            Isa::chosen().serving(Format::Bf16)
+        )
+    } else {
+        "none for this processor, or switched off: libtorch computes plain weights".into()
+    };
+    add("kernels", true, kernels, "");
 
     let n = threads::default_count();
     threads::set(n);

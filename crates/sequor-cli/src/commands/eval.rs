@@ -34,7 +34,7 @@ pub fn run(a: &EvalPerplexity) -> Result {
     );
     if a.json {
         let line = serde_json::json!({"tokens": l.tokens, "bytes": score.bytes, "nats_per_token": l.per_token(),
-            "perplexity": l.perplexity(), "bits_per_byte": bits, "dtype": a.model.dtype, "model": a.model.model});
+            "perplexity": l.perplexity(), "bits_per_byte": bits, "dtype": super::model::weights(&a.model).map_err(usage)?.to_string(), "model": a.model.model});
         println!("{line}");
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! One module per command.
 
 mod bench;
+mod bench_kernels;
 mod bench_speculate;
 mod catalog;
 mod chat;
@@ -23,6 +24,8 @@ use crate::exit::Result;
 
 /// Runs a command.
 pub fn run(command: Command) -> Result {
+    // A wrong value would otherwise be one that does nothing.
+    sequor_kernels::matmul::Isa::forced().map_err(crate::exit::usage)?;
     match command {
         Command::Generate(Generate::Text(a)) => generate::run(&a),
         Command::Chat(a) => chat::run(&a),
@@ -30,6 +33,7 @@ pub fn run(command: Command) -> Result {
         Command::Doctor(a) => doctor::run(&a),
         Command::Forward(a) => forward::run(&a),
         Command::Bench(Bench::Decode(a)) => bench::run(&a),
+        Command::Bench(Bench::Kernels(a)) => bench_kernels::run(&a),
         Command::Bench(Bench::Speculate(a)) => bench_speculate::run(&a),
         Command::Verify(a) => verify::run(&a),
         Command::Reproduce(a) => reproduce::run(&a),

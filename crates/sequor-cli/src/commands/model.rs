@@ -3,7 +3,7 @@
 use crate::args::{ModelArgs, SamplingArgs, SpeculateArgs};
 use crate::exit::{Result, failure, usage};
 use sequor_data::Resolver;
-use sequor_nn::device::{DType, parse_device};
+use sequor_nn::device::{DType, Weights, parse_device};
 use sequor_text::{Acceptance, LoadOptions, TextOptions, TextPipeline};
 use std::path::{Path, PathBuf};
 
@@ -22,13 +22,22 @@ pub fn load_options(a: &ModelArgs) -> Result<LoadOptions> {
         return Err(usage("--threads must be at least 1"));
     }
     Ok(LoadOptions {
-        dtype: a.dtype.parse::<DType>().map_err(usage)?,
+        weights: weights(a).map_err(usage)?,
         device: parse_device(&a.device).map_err(|e| match e {
             sequor_nn::Error::Input(_) => usage(e),
             e => failure(e),
         })?,
         threads: a.threads,
     })
+}
+
+/// What `--weights` or `--dtype` say; f32, the reference arithmetic, where both are silent.
+pub fn weights(a: &ModelArgs) -> sequor_nn::Result<Weights> {
+    match (&a.weights, &a.dtype) {
+        (Some(weights), _) => weights.parse(),
+        (None, Some(dtype)) => dtype.parse().map(Weights::Float),
+        (None, None) => Ok(DType::F32.into()),
+    }
 }
 
 /// Checks the options of a generation before anything is fetched or loaded.

@@ -25,7 +25,7 @@ pub fn run(a: &Reproduce) -> Result {
         prompts: a.prompts.clone(),
         model: a.model.clone(),
         load: LoadOptions {
-            dtype: a.dtype.parse::<DType>().map_err(usage)?,
+            weights: a.dtype.parse::<DType>().map_err(usage)?.into(),
             threads: a.threads,
             ..LoadOptions::default()
         },

@@ -95,7 +95,7 @@ pub(super) fn has_live(group: &[f32]) -> bool {
 /// x = n ln 2 + r with |r| <= ln 2 / 2, and the Taylor polynomial of degree 7 for
 /// exp(r), whose remainder is below 1e-8.
 #[inline(always)]
-pub(super) fn exp_of_nonpositive(x: f32) -> f32 {
+pub(crate) fn exp_of_nonpositive(x: f32) -> f32 {
     /// Adding 1.5 * 2^23 leaves the nearest integer in the low mantissa bits.
     const ROUNDER: f32 = 12_582_912.0;
     /// ln 2 in two parts, the first short enough for exact multiples.

@@ -27,7 +27,7 @@
 mod best;
 mod draw;
 mod keep;
-mod lanes;
+pub(crate) mod lanes;
 mod mass;
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use sequor_kernels::matmul::Stored;
 use tch::Tensor;
 
 use super::source::{TensorInfo, TensorSource, absent};
@@ -106,6 +107,26 @@ impl Transform {
                 }
                 _ => Err(format!("the rows are not {heads} heads of even size")),
             },
+        }
+    }
+
+    /// The rows of a matrix of `rows` rows after this step, if all it does is choose and
+    /// order them.
+    fn rows(&self, rows: usize) -> Option<Vec<usize>> {
+        match self {
+            Self::Slice { dim: 0, start, len } => {
+                let start = usize::try_from(*start).ok()?;
+                Some((start..start + usize::try_from(*len).ok()?).collect())
+            }
+            Self::UnpermuteRope { heads } => {
+                let heads = usize::try_from(*heads).ok().filter(|&h| h > 0)?;
+                let half = rows / (2 * heads);
+                let head = |h: usize| {
+                    (0..2).flat_map(move |j| (0..half).map(move |i| (2 * h * half) + 2 * i + j))
+                };
+                Some((0..heads).flat_map(head).collect())
+            }
+            Self::Slice { .. } | Self::Transpose | Self::Reshape(_) => None,
         }
     }
 
@@ -274,6 +295,24 @@ impl<S: TensorSource> TensorSource for Renamed<S> {
             tensor = step.apply(&tensor)?;
         }
         Ok(tensor.f_contiguous()?)
+    }
+
+    fn stored(&self, name: &str) -> Result<Option<Stored>> {
+        let origin = self
+            .table
+            .get(name)
+            .ok_or_else(|| absent(self.path(), name))?;
+        let Some(mut matrix) = self.source.stored(&origin.old)? else {
+            return Ok(None);
+        };
+        for step in &origin.steps {
+            match step.rows(matrix.outputs()) {
+                Some(rows) => matrix = matrix.select(rows)?,
+                // It would take blocks apart.
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(matrix))
     }
 
     fn metadata(&self) -> &BTreeMap<String, String> {

@@ -6,6 +6,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use sequor_kernels::bridge::{self, MappedFile};
+use sequor_kernels::matmul::{Format, Stored};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -33,6 +34,16 @@ pub trait TensorSource: fmt::Debug + Send {
     /// damaged.
     fn load(&self, name: &str) -> Result<Tensor>;
 
+    /// The rows of a matrix in a format that our kernels compute on, bit for bit as stored;
+    /// `None` where the file has another format.
+    ///
+    /// # Errors
+    /// The name is not in the file, or the file is damaged.
+    fn stored(&self, name: &str) -> Result<Option<Stored>> {
+        let _ = name;
+        Ok(None)
+    }
+
     /// Free text stored beside the tensors (may be empty).
     fn metadata(&self) -> &BTreeMap<String, String> {
         static EMPTY: BTreeMap<String, String> = BTreeMap::new();
@@ -52,6 +63,9 @@ impl<S: TensorSource + ?Sized> TensorSource for Box<S> {
     }
     fn load(&self, name: &str) -> Result<Tensor> {
         (**self).load(name)
+    }
+    fn stored(&self, name: &str) -> Result<Option<Stored>> {
+        (**self).stored(name)
     }
     fn metadata(&self) -> &BTreeMap<String, String> {
         (**self).metadata()
@@ -142,6 +156,18 @@ impl SourceDtype {
             Self::Other(_) => return None,
             _ => Kind::Float,
         })
+    }
+
+    /// The format of our kernels that has exactly these blocks.
+    #[must_use]
+    pub fn format(&self) -> Option<Format> {
+        match self {
+            Self::Q8_0 => Some(Format::Q8_0),
+            Self::Q4_0 => Some(Format::Q4_0),
+            Self::Q4_1 => Some(Format::Q4_1),
+            Self::Q4K => Some(Format::Q4K),
+            _ => None,
+        }
     }
 
     /// Whether elements are stored in quantised blocks.

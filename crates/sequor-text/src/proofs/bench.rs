@@ -81,11 +81,11 @@ impl<'o> Bench<'o> {
             set.name,
             set.kinds().len(),
             model_name,
-            options.load.dtype
+            options.load.weights
         ));
         let mut settings = Map::new();
         settings.insert("model".into(), model_name.clone().into());
-        settings.insert("dtype".into(), options.load.dtype.to_string().into());
+        settings.insert("dtype".into(), options.load.weights.to_string().into());
         settings.insert("new_tokens".into(), size.new_tokens.into());
         settings.insert("prompt_tokens".into(), size.prompt_tokens.into());
         let mut setup = Setup {
@@ -149,7 +149,7 @@ impl<'o> Bench<'o> {
     /// The same model in f32, in which texts must be equal.
     pub fn exact(&self) -> Result<TextPipeline> {
         let load = LoadOptions {
-            dtype: DType::F32,
+            weights: DType::F32.into(),
             ..self.options.load
         };
         TextPipeline::load(&self.model_path, &load)

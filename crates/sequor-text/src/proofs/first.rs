@@ -116,7 +116,7 @@ pub(super) fn run(bench: &mut Bench<'_>, say: &mut dyn FnMut(&str)) -> Result<Ou
         Some(adapter) => Some(load_adapted(
             &bench.model_path,
             adapter,
-            load.dtype,
+            load.weights,
             load.device,
         )?),
         None => None,

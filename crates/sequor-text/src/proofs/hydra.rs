@@ -201,7 +201,12 @@ pub(super) fn run(bench: &mut Bench<'_>, say: &mut dyn FnMut(&str)) -> Result<Ou
         names.push((kind, arm, name));
     }
     let mut recorder = Recorder::start(proof(), bench.setup(&folders, say)?)?;
-    let loaded = Loaded::new(&bench.pipeline, &folders, &names, bench.options.load.dtype)?;
+    let loaded = Loaded::new(
+        &bench.pipeline,
+        &folders,
+        &names,
+        bench.options.load.weights.dtype(),
+    )?;
     let tree = loaded.shared_tree();
     recorder.setting("tree_depth_nodes", vec![TREE.0, TREE.1]);
     recorder.setting("tree", serde_json::to_value(&tree).unwrap_or_default());

@@ -62,7 +62,7 @@ impl Default for ReproduceOptions {
             prompts: None,
             model: "smollm2".to_owned(),
             load: LoadOptions {
-                dtype: DType::Bf16,
+                weights: DType::Bf16.into(),
                 ..LoadOptions::default()
             },
             offline: false,

@@ -120,7 +120,7 @@ pub(super) fn run(bench: &mut Bench<'_>, say: &mut dyn FnMut(&str)) -> Result<Ou
     let mut recorder = Recorder::start(proof(), bench.setup(&folders, say)?)?;
     let load =
         |pipeline: &TextPipeline, dtype| Loaded::new(pipeline, &medusa.1, &transfer.1, dtype);
-    let loaded = load(&bench.pipeline, bench.options.load.dtype)?;
+    let loaded = load(&bench.pipeline, bench.options.load.weights.dtype())?;
     let config = loaded.transfer.config();
     recorder.setting("tree_depth_nodes", vec![TREE.0, TREE.1]);
     recorder.setting("transfer_layers", config.transfer_layers.clone());

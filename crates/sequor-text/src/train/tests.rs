@@ -129,7 +129,8 @@ fn a_recipe_becomes_a_model_that_learned_and_interruption_changes_nothing() {
     }
     let config = sequor_backbone::causal_lm::read_config(&a).unwrap();
     assert_eq!((config.eos, config.bos), (vec![0], Some(0)));
-    sequor_backbone::CausalLm::load(&a, Default::default(), sequor_nn::Device::Cpu).unwrap();
+    sequor_backbone::CausalLm::load(&a, sequor_nn::device::DType::F32, sequor_nn::Device::Cpu)
+        .unwrap();
     let card = std::fs::read_to_string(a.join("README.md")).unwrap();
     assert!(
         card.contains("| **all** |") && card.contains("sequor train lm"),

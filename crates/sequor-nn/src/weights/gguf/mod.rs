@@ -2,7 +2,8 @@
 //! of llama.cpp: typed metadata (with the tokenizer) and tensors, many of them
 //! quantised.
 //!
-//! Quantised tensors are dequantised to `f32` when they are loaded. Tensor
+//! Quantised tensors are dequantised to `f32` when they are loaded as tensors, and stay
+//! as they are where our kernels compute on them ([`TensorSource::stored`]). Tensor
 //! names are llama.cpp's; [`hugging_face_names`] presents a file under the names
 //! and layout of a Hugging Face checkpoint.
 
@@ -15,6 +16,7 @@ mod value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use sequor_kernels::matmul::Stored;
 use tch::Tensor;
 
 pub use names::hugging_face_names;
@@ -163,6 +165,18 @@ impl TensorSource for Gguf {
             Some(block) => dequant::tensor(&entry.dtype, block, bytes, &entry.shape)
                 .map_err(|e| e.in_layer(name)),
         }
+    }
+
+    fn stored(&self, name: &str) -> Result<Option<Stored>> {
+        let entry = self.entry(name)?;
+        let (Some(format), [outputs, inputs]) = (entry.dtype.format(), &entry.shape[..]) else {
+            return Ok(None);
+        };
+        let bytes = self.raw(name)?.to_vec();
+        let stored = Stored::new(format, *outputs as usize, *inputs as usize, bytes);
+        stored
+            .map(Some)
+            .map_err(|e| Error::weights(&self.path, format!("tensor '{name}': {e}")))
     }
 
     /// The metadata as text, without arrays; [`Gguf::values`] has all of it.

@@ -49,7 +49,7 @@ fn target_with(dir: &Path, seed: u64, head: impl Fn(&Tensor) -> Tensor) -> Causa
     std::fs::create_dir_all(dir).unwrap();
     write_safetensors(&dir.join("model.safetensors"), &tensors, &BTreeMap::new()).unwrap();
     std::fs::write(dir.join("config.json"), json.to_string()).unwrap();
-    CausalLm::load(dir, Default::default(), Device::Cpu).unwrap()
+    CausalLm::load(dir, sequor_nn::device::DType::F32, Device::Cpu).unwrap()
 }
 
 /// A decoder that mostly counts: after token v it says v + 1.

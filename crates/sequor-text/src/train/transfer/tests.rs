@@ -51,7 +51,7 @@ fn target(dir: &Path, simple: bool) -> CausalLm {
     std::fs::create_dir_all(dir).unwrap();
     write_safetensors(&dir.join("model.safetensors"), &tensors, &BTreeMap::new()).unwrap();
     std::fs::write(dir.join("config.json"), json.to_string()).unwrap();
-    CausalLm::load(dir, Default::default(), Device::Cpu).unwrap()
+    CausalLm::load(dir, sequor_nn::device::DType::F32, Device::Cpu).unwrap()
 }
 
 /// The model's own greedy text after a few random tokens, with its states.
