@@ -5,12 +5,13 @@ CARGO ?= cargo
 # compiled once for both (see [profile.release.package."*"] in Cargo.toml).
 CHECKED = CARGO_PROFILE_RELEASE_DEBUG_ASSERTIONS=true CARGO_PROFILE_RELEASE_OVERFLOW_CHECKS=true
 
-.PHONY: help setup build demo test bench fmt lint doc clean
+.PHONY: help setup build demo test parity bench fmt lint doc clean
 
 help:
 	@echo 'make demo   set up everything and hear a real language model answer'
 	@echo 'make test   set up everything and run every test'
 	@echo 'make build  target/release/sequor and target/release/parity'
+	@echo 'make parity the reference cases; SEQUOR_KERNELS=off|portable|avx2 before it chooses kernels'
 	@echo 'make lint   formatting and clippy;  make doc   API documentation'
 	@echo 'make bench  decoding speed of SmolLM2-135M on this machine'
 
@@ -26,6 +27,9 @@ demo: build
 test: build
 	@$(CARGO) run --release -q -p sequor-cli -- models fetch smollm2 || echo 'make test: no network: tests on SmolLM2 will be skipped'
 	$(CHECKED) $(CARGO) test --release --workspace
+
+parity: setup
+	$(CHECKED) $(CARGO) test --release -q -p sequor-tests --test main -- parity
 
 bench: build
 	$(CARGO) run --release -q -p sequor-cli -- bench decode

@@ -5,6 +5,7 @@
 //! memory, contiguous, element type, lengths) and answers with a [`BridgeError`]
 //! otherwise. Bytes are in the machine's order.
 
+use std::ffi::c_void;
 use std::fs::{self, File};
 use std::path::Path;
 use std::{fmt, io, ptr, slice};
@@ -187,7 +188,11 @@ pub fn read_bytes<R>(tensor: &Tensor, f: impl FnOnce(&[u8]) -> R) -> Result<R, B
         return Err(BridgeError::Device { found: device });
     }
     check_strided(tensor)?;
-    if !tensor.is_contiguous() || tensor.f_is_neg()? || tensor.f_is_conj()? {
+    let complex = matches!(
+        kind,
+        Kind::ComplexHalf | Kind::ComplexFloat | Kind::ComplexDouble
+    );
+    if !tensor.is_contiguous() || tensor.f_is_neg()? || (complex && tensor.f_is_conj()?) {
         return Err(BridgeError::NotContiguous {
             shape: tensor.size(),
         });
@@ -354,11 +359,34 @@ fn tensor_kind(tensor: &Tensor) -> Result<Kind, BridgeError> {
     Ok(tensor.f_kind()?)
 }
 
+// Part of the C interface that `tch` links. Its Rust wrapper panics where a tensor has no
+// strides, and its other ways to ask make two new tensors, which took longer than most of what
+// the kernels then do.
+unsafe extern "C" {
+    fn at_stride(tensor: *const c_void, strides: *mut i64);
+}
+
 /// An error unless the elements lie in memory at regular distances. Only such
-/// tensors have strided views; the others refuse, where asking them for their
-/// memory or strides would end the process.
+/// tensors have strides; the others refuse, where asking them for their memory would
+/// end the process.
 fn check_strided(tensor: &Tensor) -> Result<(), BridgeError> {
-    match tensor.f_detach()?.f_as_strided([0i64; 1], [1i64; 1], None) {
+    if tensor.is_sparse() || tensor.is_mkldnn() {
+        return Err(BridgeError::Layout);
+    }
+    let mut few = [0i64; 16];
+    let mut many = Vec::new();
+    let strides = match few.get_mut(..tensor.dim()) {
+        Some(strides) => strides,
+        None => {
+            many.resize(tensor.dim(), 0i64);
+            &mut many[..]
+        }
+    };
+    // SAFETY: the tensor is alive and defined (`tensor_kind` was asked first), and one number is
+    // written for each dimension. Where libtorch refuses it keeps a message.
+    unsafe { at_stride(tensor.as_ptr().cast(), strides.as_mut_ptr()) };
+    // The next fallible call takes that message.
+    match tensor.f_is_neg() {
         Ok(_) => Ok(()),
         Err(_) => Err(BridgeError::Layout),
     }

@@ -7,6 +7,11 @@
 //! [`threads`]. Where libtorch was built without OpenMP (or with one that does not
 //! speak the interface of GCC's), work runs in the calling thread.
 //!
+//! A region ends when all its threads have arrived. Where another program has the core, a
+//! thread arrives when the scheduler lets it, milliseconds later, and a hundred regions per
+//! token would be slower than one thread. So whoever calls watches how long it waits for the
+//! others, and works alone for a while after a long wait.
+//!
 //! How work is shared out never changes a result: an output is computed by one
 //! thread, in an order of its own.
 
@@ -14,8 +19,9 @@ use std::any::Any;
 use std::ffi::{c_int, c_uint, c_void};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
+use std::time::Instant;
 
 use crate::threads;
 
@@ -71,11 +77,60 @@ pub fn available() -> bool {
     open_mp().is_some()
 }
 
+/// When regions may have more than one thread again.
+struct Patience {
+    /// Nanoseconds after [`clock`] began.
+    alone_until: AtomicU64,
+    /// For how long after the next long wait, in nanoseconds.
+    period: AtomicU64,
+}
+
+static PATIENCE: Patience = Patience {
+    alone_until: AtomicU64::new(0),
+    period: AtomicU64::new(Patience::SHORTEST),
+};
+
+impl Patience {
+    /// A thread that has its core to itself is there within microseconds.
+    const LONG_WAIT: u64 = 400_000;
+    const SHORTEST: u64 = 20_000_000;
+    const LONGEST: u64 = 1_000_000_000;
+
+    fn alone(&self) -> bool {
+        clock() < self.alone_until.load(Ordering::Relaxed)
+    }
+
+    /// Learns from a region: how long the caller waited for the others after `worked`
+    /// nanoseconds of its own.
+    fn learn(&self, waited: u64, worked: u64) {
+        // Shares are uneven by a piece of work, an eighth of it with two threads.
+        if waited > Self::LONG_WAIT + worked / 4 {
+            let period = self.period.load(Ordering::Relaxed);
+            self.alone_until.store(clock() + period, Ordering::Relaxed);
+            let next = (2 * period).min(Self::LONGEST);
+            self.period.store(next, Ordering::Relaxed);
+        } else if waited < Self::LONG_WAIT / 8 {
+            // Good regions forgive slowly: one long wait weighs as much as many of them.
+            let period = self.period.load(Ordering::Relaxed);
+            let next = (period - period / 64).max(Self::SHORTEST);
+            self.period.store(next, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Nanoseconds since it was first asked.
+fn clock() -> u64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+}
+
 struct Shared<'a, F> {
     work: &'a F,
     thread: Number,
     threads: Number,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// When the caller's own part ended.
+    caller_done: AtomicU64,
 }
 
 /// What each thread of the team runs.
@@ -93,6 +148,9 @@ unsafe extern "C" fn enter<F: Fn(usize, usize) + Sync>(data: *mut c_void) {
         let mut first = shared.panic.lock().unwrap_or_else(|e| e.into_inner());
         first.get_or_insert(panic);
     }
+    if index == 0 {
+        shared.caller_done.store(clock(), Ordering::Relaxed);
+    }
 }
 
 /// Runs `work(index, of)` once for each `index` below `of`, where `of` is the number
@@ -100,7 +158,7 @@ unsafe extern "C" fn enter<F: Fn(usize, usize) + Sync>(data: *mut c_void) {
 /// them goes on in the caller once all have ended.
 pub fn run<F: Fn(usize, usize) + Sync>(threads: usize, work: F) {
     let threads = threads.min(threads::MOST);
-    let Some(open_mp) = open_mp().filter(|_| threads > 1) else {
+    let Some(open_mp) = open_mp().filter(|_| threads > 1 && !PATIENCE.alone()) else {
         return work(0, 1);
     };
     let shared = Shared {
@@ -108,7 +166,9 @@ pub fn run<F: Fn(usize, usize) + Sync>(threads: usize, work: F) {
         thread: open_mp.thread,
         threads: open_mp.threads,
         panic: Mutex::new(None),
+        caller_done: AtomicU64::new(0),
     };
+    let begin = clock();
     // SAFETY: the region ends before this call returns, so `shared` outlives it;
     // `enter::<F>` takes a pointer to exactly this type and does not unwind, and
     // what the threads share (`F: Sync`, a mutex) may be shared.
@@ -116,6 +176,8 @@ pub fn run<F: Fn(usize, usize) + Sync>(threads: usize, work: F) {
         let data = (&raw const shared).cast_mut().cast::<c_void>();
         (open_mp.parallel)(enter::<F>, data, threads as c_uint, 0);
     }
+    let done = shared.caller_done.load(Ordering::Relaxed);
+    PATIENCE.learn(clock().saturating_sub(done), done.saturating_sub(begin));
     let panic = shared.panic.into_inner().unwrap_or_else(|e| e.into_inner());
     if let Some(panic) = panic {
         resume_unwind(panic);
@@ -177,10 +239,33 @@ mod tests {
             team.store(of, Ordering::Relaxed);
         });
         let team = team.into_inner();
-        assert!((1..=4).contains(&team));
+        assert!((1..=4).contains(&team)); // 1 where the machine is busy
         for (index, count) in seen.into_iter().enumerate() {
             assert_eq!(count.into_inner(), usize::from(index < team));
         }
+    }
+
+    #[test]
+    fn long_waits_are_not_repeated_and_are_forgiven() {
+        let p = Patience {
+            alone_until: AtomicU64::new(0),
+            period: AtomicU64::new(Patience::SHORTEST),
+        };
+        p.learn(10_000, 50_000);
+        assert!(!p.alone());
+        // A part of the caller's own time: shares are uneven, nobody was away.
+        p.learn(3_000_000, 16_000_000);
+        assert!(!p.alone());
+        p.learn(5_000_000, 50_000);
+        assert!(p.alone());
+        for _ in 0..20 {
+            p.learn(5_000_000, 50_000);
+        }
+        assert_eq!(p.period.load(Ordering::Relaxed), Patience::LONGEST);
+        for _ in 0..1000 {
+            p.learn(1000, 50_000);
+        }
+        assert_eq!(p.period.load(Ordering::Relaxed), Patience::SHORTEST);
     }
 
     #[test]
