@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::matmul::Region;
+
 /// Larger than the last-level cache of most machines.
 const MOST_PER_THREAD: usize = 128 << 20;
 /// All threads together; shared out where there are many.
@@ -18,41 +20,31 @@ const MOST_THREADS: usize = 512;
 #[must_use]
 pub fn measure_read(threads: usize, budget: Duration) -> f64 {
     let threads = threads.clamp(1, MOST_THREADS);
-    let words = MOST_PER_THREAD.min(MOST_IN_ALL / threads) / size_of::<u64>();
+    let bytes = MOST_PER_THREAD.min(MOST_IN_ALL / threads) / 64 * 64;
     let start = Instant::now();
-    let Some(mut buffers) = allocate(threads, words) else {
+    // In large pages, as our packed weights: with small ones the look-ups of addresses limit.
+    let buffers: Option<Vec<Region>> = (0..threads).map(|_| Region::new(bytes)).collect();
+    let Some(mut buffers) = buffers else {
         return 0.0;
     };
     // Written by several threads, since the first touch of a page is slow.
-    on_each(buffers.iter_mut().collect(), |buffer| {
-        buffer.resize(words, 3);
-    });
+    on_each(buffers.iter_mut().collect(), |buffer| buffer.fill(3));
     let mut best = 0f64;
     loop {
         let pass = Instant::now();
         // Counted, for a system may give fewer threads than asked for.
-        let words_read = AtomicUsize::new(0);
+        let bytes_read = AtomicUsize::new(0);
         on_each(buffers.iter().collect(), |buffer| {
             black_box(sum(buffer));
-            words_read.fetch_add(buffer.len(), Ordering::Relaxed);
+            bytes_read.fetch_add(buffer.len(), Ordering::Relaxed);
         });
-        let bytes_read = words_read.into_inner() * size_of::<u64>();
+        let bytes_read = bytes_read.into_inner();
         best = best.max(bytes_read as f64 / pass.elapsed().as_secs_f64().max(1e-9));
         // Stop before a pass that would end after the budget.
         if start.elapsed() + pass.elapsed() > budget {
             return best;
         }
     }
-}
-
-/// Empty buffers with room for `words` each.
-fn allocate(buffers: usize, words: usize) -> Option<Vec<Vec<u64>>> {
-    let one = || {
-        let mut buffer = Vec::new();
-        buffer.try_reserve_exact(words).ok()?;
-        Some(buffer)
-    };
-    (0..buffers).map(|_| one()).collect()
 }
 
 /// Runs `work` on each item in a thread of its own, the last one in this.
@@ -69,18 +61,20 @@ fn on_each<T: Send>(mut items: Vec<T>, work: impl Fn(T) + Sync) {
     });
 }
 
-/// Wrapping sum over independent lanes, so that only memory limits it.
-fn sum(words: &[u64]) -> u64 {
+/// Wrapping sum of the whole words over independent lanes, so that only memory limits it.
+fn sum(bytes: &[u8]) -> u64 {
     let mut lanes = [0u64; 32];
+    let (words, _) = bytes.as_chunks::<8>();
     let (chunks, rest) = words.as_chunks::<32>();
     for chunk in chunks {
         for (lane, &word) in lanes.iter_mut().zip(chunk) {
-            *lane = lane.wrapping_add(word);
+            *lane = lane.wrapping_add(u64::from_le_bytes(word));
         }
     }
     rest.iter()
-        .chain(&lanes)
-        .fold(0, |sum, &word| sum.wrapping_add(word))
+        .map(|&word| u64::from_le_bytes(word))
+        .chain(lanes)
+        .fold(0, u64::wrapping_add)
 }
 
 #[cfg(test)]
@@ -90,10 +84,11 @@ mod tests {
     #[test]
     fn sums_everything() {
         for n in [0, 1, 31, 32, 33, 100] {
-            let words: Vec<u64> = (1..=n).collect();
-            assert_eq!(sum(&words), n * (n + 1) / 2);
+            let bytes: Vec<u8> = (1..=n).flat_map(u64::to_le_bytes).collect();
+            assert_eq!(sum(&bytes), n * (n + 1) / 2);
         }
-        assert_eq!(sum(&[u64::MAX, 2]), 1);
+        let bytes: Vec<u8> = [u64::MAX, 2].iter().flat_map(|n| n.to_le_bytes()).collect();
+        assert_eq!(sum(&bytes), 1);
     }
 
     #[test]

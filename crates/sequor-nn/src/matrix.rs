@@ -213,13 +213,11 @@ impl Matrix {
                 let [outputs, inputs] = w.size()[..] else {
                     return Ok(Self::Dense(w));
                 };
-                let bytes = bridge::read_bytes(&w.f_contiguous()?, <[u8]>::to_vec)?;
-                Self::packed(&Stored::new(
-                    Format::Bf16,
-                    outputs as usize,
-                    inputs as usize,
-                    bytes,
-                )?)
+                let (outputs, inputs) = (outputs as usize, inputs as usize);
+                let packed = bridge::read_bytes(&w.f_contiguous()?, |rows| {
+                    Packed::from_rows(Format::Bf16, outputs, inputs, rows)
+                })??;
+                Ok(Self::Packed(Arc::new(packed)))
             }
             Self::Stored(w) => Self::packed(&w),
             other => Ok(other),

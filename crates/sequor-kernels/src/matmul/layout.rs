@@ -1,11 +1,13 @@
 //! Matrices in a format: by rows, as files have them, and packed for reading.
 
 use super::Isa;
+use super::arena::Region;
 use crate::blocks::{self, BlockType};
+use crate::{team, threads};
 use half::bf16;
-use memmap2::MmapMut;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Mutex;
 use thiserror::Error;
 
 /// How the numbers of a matrix are kept.
@@ -442,8 +444,7 @@ pub struct Packed {
     inputs: usize,
     /// Bytes from one panel to the next, a multiple of 64.
     stride: usize,
-    /// `None` when there are no bytes.
-    data: Option<MmapMut>,
+    data: Region,
 }
 
 impl fmt::Debug for Packed {
@@ -462,23 +463,31 @@ impl Packed {
     /// # Errors
     /// [`MatrixError::Memory`].
     pub fn new(matrix: &Stored) -> Result<Self, MatrixError> {
-        let Stored {
-            format,
-            outputs,
-            inputs,
-            ..
-        } = *matrix;
+        Self::from_rows(matrix.format, matrix.outputs, matrix.inputs, &matrix.bytes)
+    }
+
+    /// Packs rows as [`Stored`] has them, without a copy of them.
+    ///
+    /// # Errors
+    /// As [`Stored::new`], and [`MatrixError::Memory`].
+    pub fn from_rows(
+        format: Format,
+        outputs: usize,
+        inputs: usize,
+        rows: &[u8],
+    ) -> Result<Self, MatrixError> {
+        let expected = Stored::bytes_of(format, outputs, inputs)?;
+        if rows.len() != expected {
+            return Err(MatrixError::Length {
+                what: "the stored matrix",
+                expected,
+                found: rows.len(),
+            });
+        }
         let stride = format.panel_bytes(inputs);
         let bytes = outputs.div_ceil(format.panel()).checked_mul(stride);
         let bytes = bytes.ok_or(MatrixError::Memory { bytes: usize::MAX })?;
-        let mut data = None;
-        if bytes > 0 {
-            // Page-aligned and zero; large pages spare the processor look-ups.
-            let map = MmapMut::map_anon(bytes).map_err(|_| MatrixError::Memory { bytes })?;
-            #[cfg(target_os = "linux")]
-            let _may_be_refused = map.advise(memmap2::Advice::HugePage);
-            data = Some(map);
-        }
+        let data = Region::new(bytes).ok_or(MatrixError::Memory { bytes })?;
         let mut packed = Self {
             format,
             outputs,
@@ -486,8 +495,20 @@ impl Packed {
             stride,
             data,
         };
-        if let Some(data) = packed.data.as_deref_mut() {
-            for (panel, data) in data.chunks_exact_mut(stride).enumerate() {
+        let row_bytes = expected / outputs.max(1);
+        // Each panel is taken by one thread, once.
+        let panels: Vec<_> = packed
+            .data
+            .chunks_exact_mut(stride.max(1))
+            .map(|data| Mutex::new(Some(data)))
+            .collect();
+        team::share(panels.len(), 8, threads::get(), |range| {
+            for panel in range {
+                let mine = panels[panel]
+                    .lock()
+                    .unwrap_or_else(|e| e.into_inner())
+                    .take();
+                let Some(data) = mine else { continue };
                 if let (Format::Int8 | Format::Q8_0, Some(groups)) = (format, format.groups(inputs))
                 {
                     for group in data.chunks_exact_mut(groups.stride()) {
@@ -497,11 +518,13 @@ impl Packed {
                 }
                 let width = format.panel();
                 for o in 0..width.min(outputs - panel * width) {
-                    let row = matrix.row(panel * width + o);
+                    let row = panel * width + o;
+                    let row = &rows[row * row_bytes..(row + 1) * row_bytes];
                     pack_row(format, inputs, o, row, data);
                 }
             }
-        }
+        });
+        drop(panels);
         Ok(packed)
     }
 
@@ -574,8 +597,7 @@ impl Packed {
 
     /// The bytes of one panel: numbers, then scales, then padding.
     pub(super) fn panel(&self, panel: usize) -> &[u8] {
-        let data = self.data.as_deref().unwrap_or_default();
-        &data[panel * self.stride..(panel + 1) * self.stride]
+        &self.data[panel * self.stride..(panel + 1) * self.stride]
     }
 }
 

@@ -29,6 +29,7 @@
 //! Numbers that are not finite give what IEEE arithmetic gives. A row that holds one
 //! cannot be taken as 8 bits; it goes through the expanded weights instead.
 
+mod arena;
 mod bf16;
 mod isa;
 mod layout;
@@ -39,6 +40,7 @@ mod rows;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use arena::Region;
 pub use isa::Isa;
 pub use layout::{Format, MatrixError, Packed, Stored};
 
