@@ -45,6 +45,42 @@ fn it_knows_a_capital_however_weights_are_kept() {
 }
 
 #[test]
+fn a_draft_changes_no_text_however_our_kernels_keep_weights() {
+    if !sequor_kernels::matmul::Isa::serve() {
+        return eprintln!(
+            "skipped: libtorch computes here, whose 16-bit rows differ by their number"
+        );
+    }
+    for weights in ["bf16", "auto", "int8", "q8_0", "q4_0"] {
+        let Some(p) = pipeline(weights.parse::<Weights>().unwrap()) else {
+            return;
+        };
+        let text = "Repeat word by word: the old mill stands by the river, and the river runs past the old mill to the sea.";
+        let prompt = p.chat_prompt(&[Message::user(text)]).unwrap();
+        let run = |speculate| {
+            let options = TextOptions {
+                speculate,
+                ignore_eos: true,
+                ..TextOptions::greedy(96)
+            };
+            p.stream_tokens(&prompt, &options)
+                .unwrap()
+                .collect_all()
+                .unwrap()
+        };
+        let plain = run(Speculate::Off);
+        for method in [Speculate::PromptLookup, Speculate::Trigram] {
+            let drafted = run(method);
+            assert_eq!(drafted.tokens, plain.tokens, "{weights}");
+            assert!(
+                drafted.report.target_calls < plain.report.target_calls,
+                "{weights}"
+            );
+        }
+    }
+}
+
+#[test]
 fn lookup_gives_the_same_text_with_fewer_calls() {
     let Some(p) = pipeline(DType::F32) else {
         return;

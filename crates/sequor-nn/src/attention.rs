@@ -378,6 +378,13 @@ impl Attend for Cached<'_> {
                         "attention rows must be [rows, heads, head_dim]".into(),
                     ));
                 };
+                let shape = self.cache.shape();
+                if width != shape.head_dim || heads < 1 || heads % shape.kv_heads != 0 {
+                    return Err(Error::Input(format!(
+                        "{heads} query heads of {width} channels for a state of {} key/value heads of {}",
+                        shape.kv_heads, shape.head_dim
+                    )));
+                }
                 let q = part(q)?.f_contiguous()?;
                 let size = [rows, heads * width];
                 let (out, done) = bridge::read(&q, |q: &[f32]| {

@@ -251,8 +251,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// Lends the keys and values of one layer, all of its storage, if it has every row of the
-    /// slot.
+    /// Lends the keys and values of one layer, all of its storage.
     ///
     /// # Errors
     /// [`Error::Input`] for a slot or layer that does not exist.
@@ -724,6 +723,34 @@ mod tests {
             (c.committed_len(0), c.pending_len(0), c.committed_len(1)),
             (5, 0, 0)
         );
+    }
+
+    #[test]
+    fn lists_of_columns_say_what_masks_say() {
+        let tree = [None, Some(0), Some(0), Some(2), Some(3)];
+        let chain = [None, Some(0), Some(1)];
+        for parents in [&tree[..], &chain] {
+            for committed in [0usize, 1, 5] {
+                let mut c = cache();
+                let before: Vec<_> = (0..committed).map(|i| i.checked_sub(1)).collect();
+                feed(&mut c, 0, &before, &vec![1.0; committed], &[0, 1]);
+                c.commit(0, &(0..committed).collect::<Vec<_>>()).unwrap();
+                feed(&mut c, 0, parents, &vec![2.0; parents.len()], &[0, 1]);
+                for window in [None, Some(1), Some(2), Some(4), Some(100)] {
+                    let mask = c.mask(0, window).unwrap();
+                    for (i, seen) in c.seen(0, window).unwrap().iter().enumerate() {
+                        let listed: Vec<usize> =
+                            (seen.first..seen.end).chain(seen.more.clone()).collect();
+                        let visible = |j: &usize| {
+                            mask.as_ref()
+                                .is_none_or(|m| m.double_value(&[i as i64, *j as i64]) == 0.0)
+                        };
+                        let all = 0..committed + parents.len();
+                        assert_eq!(listed, all.filter(visible).collect::<Vec<_>>());
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -191,9 +191,9 @@ impl ParamBuilder {
         Self::new(Some(source.into()), Mode::Infer, kind, device)
     }
 
-    /// Parameters from a checkpoint, for inference, matrices kept as `weights` says. Elsewhere
-    /// than on a CPU, and where this processor has no instructions for our formats,
-    /// [`Weights::Auto`] means plain floats.
+    /// Parameters from a checkpoint, for inference, matrices kept as `weights` says.
+    /// [`Weights::Auto`] means bf16 elsewhere than on a CPU; where this processor has no
+    /// instructions for our formats, quantised files are expanded to f32.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for one of our formats elsewhere than on a CPU.

@@ -175,7 +175,7 @@ pub enum MatrixError {
     },
     /// Rows that are not whole blocks.
     #[error(
-        "rows of {inputs} numbers cannot be kept as {format}: they are not whole blocks of {block}"
+        "rows of {inputs} numbers cannot be kept as {format}: they are not whole blocks of {block}; choose a format with smaller blocks, int8 or bf16"
     )]
     Blocks {
         /// The format.
@@ -187,7 +187,7 @@ pub enum MatrixError {
     },
     /// Numbers that cannot be kept.
     #[error(
-        "row {row} holds a number that {format} cannot keep: not finite, or too large for its scale"
+        "row {row} holds a number that {format} cannot keep: not finite, or too large for its scale; keep this matrix as bf16 or plain numbers"
     )]
     Values {
         /// The format.

@@ -75,7 +75,7 @@ impl<'a> Prepared<'a> {
         by_rows(
             &mut both,
             1,
-            rows.min(if blocks == 0 { 0 } else { rows }),
+            if blocks == 0 { 0 } else { rows },
             threads,
             |row, out| {
                 if let [(q, facts)] = out {

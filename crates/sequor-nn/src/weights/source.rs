@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use sequor_kernels::blocks::BlockType;
 use sequor_kernels::bridge::{self, MappedFile};
 use sequor_kernels::matmul::{Format, Stored};
 use tch::{Kind, Tensor};
@@ -158,16 +159,27 @@ impl SourceDtype {
         })
     }
 
+    /// The ggml blocks of a quantised dtype.
+    #[must_use]
+    pub fn block_type(&self) -> Option<BlockType> {
+        Some(match self {
+            Self::Q4_0 => BlockType::Q4_0,
+            Self::Q4_1 => BlockType::Q4_1,
+            Self::Q5_0 => BlockType::Q5_0,
+            Self::Q5_1 => BlockType::Q5_1,
+            Self::Q8_0 => BlockType::Q8_0,
+            Self::Q4K => BlockType::Q4K,
+            Self::Q5K => BlockType::Q5K,
+            Self::Q6K => BlockType::Q6K,
+            _ => return None,
+        })
+    }
+
     /// The format of our kernels that has exactly these blocks.
     #[must_use]
     pub fn format(&self) -> Option<Format> {
-        match self {
-            Self::Q8_0 => Some(Format::Q8_0),
-            Self::Q4_0 => Some(Format::Q4_0),
-            Self::Q4_1 => Some(Format::Q4_1),
-            Self::Q4K => Some(Format::Q4K),
-            _ => None,
-        }
+        let blocks = self.block_type()?;
+        Format::ALL.into_iter().find(|f| f.blocks() == Some(blocks))
     }
 
     /// Whether elements are stored in quantised blocks.
@@ -185,14 +197,17 @@ impl SourceDtype {
             Self::F32 | Self::I32 => (1, 4),
             Self::F16 | Self::BF16 | Self::I16 => (1, 2),
             Self::I8 | Self::U8 | Self::Bool => (1, 1),
-            Self::Q4_0 => (32, 18),
-            Self::Q4_1 => (32, 20),
-            Self::Q5_0 => (32, 22),
-            Self::Q5_1 => (32, 24),
-            Self::Q8_0 => (32, 34),
-            Self::Q4K => (256, 144),
-            Self::Q5K => (256, 176),
-            Self::Q6K => (256, 210),
+            Self::Q4_0
+            | Self::Q4_1
+            | Self::Q5_0
+            | Self::Q5_1
+            | Self::Q8_0
+            | Self::Q4K
+            | Self::Q5K
+            | Self::Q6K => {
+                let (elements, bytes) = self.block_type()?.size();
+                (elements as u64, bytes as u64)
+            }
             Self::Other(_) => return None,
         })
     }

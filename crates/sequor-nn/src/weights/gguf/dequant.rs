@@ -1,6 +1,6 @@
 //! Expands ggml's quantised blocks to `f32` tensors.
 
-use sequor_kernels::blocks::{self, BlockType};
+use sequor_kernels::blocks;
 use sequor_kernels::bridge;
 use tch::{Device, Kind, Tensor};
 
@@ -86,20 +86,7 @@ fn fill(
 /// Expands whole blocks. Returns `false` when `dtype` is not a quantised one or
 /// the two lengths do not belong together.
 pub(super) fn expand(dtype: &SourceDtype, bytes: &[u8], out: &mut [f32]) -> bool {
-    block_type(dtype).is_some_and(|blocks| blocks::expand(blocks, bytes, out))
-}
-
-/// The kernels' name of a quantised dtype.
-pub(super) fn block_type(dtype: &SourceDtype) -> Option<BlockType> {
-    Some(match dtype {
-        SourceDtype::Q4_0 => BlockType::Q4_0,
-        SourceDtype::Q4_1 => BlockType::Q4_1,
-        SourceDtype::Q5_0 => BlockType::Q5_0,
-        SourceDtype::Q5_1 => BlockType::Q5_1,
-        SourceDtype::Q8_0 => BlockType::Q8_0,
-        SourceDtype::Q4K => BlockType::Q4K,
-        SourceDtype::Q5K => BlockType::Q5K,
-        SourceDtype::Q6K => BlockType::Q6K,
-        _ => return None,
-    })
+    dtype
+        .block_type()
+        .is_some_and(|blocks| blocks::expand(blocks, bytes, out))
 }
