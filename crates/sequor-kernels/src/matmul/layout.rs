@@ -16,7 +16,7 @@ use thiserror::Error;
 pub enum Format {
     /// Brain floats.
     Bf16,
-    /// Signed bytes with one f32 scale for each output.
+    /// Signed bytes with a bf16 scale for each 64 of a row, which may have any length.
     Int8,
     /// ggml's `Q8_0`.
     Q8_0,
@@ -62,7 +62,7 @@ impl Format {
                     .then(|| inputs / elements * bytes)
             }
             (Self::Bf16, None) => inputs.checked_mul(2),
-            _ => inputs.checked_add(4),
+            _ => inputs.checked_add(inputs.div_ceil(INT8_GROUP) * 2),
         }
     }
 
@@ -75,10 +75,10 @@ impl Format {
     }
 
     /// How the blocks of a panel stand; `None` for bf16, which has none.
-    pub(super) fn groups(self, inputs: usize) -> Option<Groups> {
+    pub(super) fn groups(self) -> Option<Groups> {
         let (blocks, numbers, scales) = match self {
             Self::Bf16 => return None,
-            Self::Int8 => (inputs.div_ceil(32), 512, 64),
+            Self::Int8 => (2, 512, 32),
             Self::Q8_0 => (1, 512, 32),
             Self::Q4_0 => (1, 256, 32),
             Self::Q4_1 => (1, 256, 64),
@@ -93,10 +93,10 @@ impl Format {
 
     /// Bytes of one panel.
     fn panel_bytes(self, inputs: usize) -> usize {
-        match self.groups(inputs) {
+        match self.groups() {
             None => (inputs.div_ceil(2) * 128).next_multiple_of(64),
             Some(g) => {
-                let groups = inputs.div_ceil(32 * g.blocks.max(1)).max(1);
+                let groups = inputs.div_ceil(32 * g.blocks).max(1);
                 (groups * g.stride()).next_multiple_of(64)
             }
         }
@@ -127,7 +127,7 @@ impl Groups {
 
     /// Where the scales of the group of block `b` begin.
     fn scales_of(self, b: usize) -> usize {
-        b / self.blocks.max(1) * self.stride() + self.blocks * self.numbers
+        b / self.blocks * self.stride() + self.blocks * self.numbers
     }
 }
 
@@ -220,8 +220,11 @@ pub enum MatrixError {
     },
 }
 
+/// Numbers of `int8` that share a scale.
+const INT8_GROUP: usize = 64;
+
 /// A matrix `[outputs, inputs]` by rows: for ggml's formats exactly the bytes of a file.
-/// A row of `int8` is its bytes, then its scale (f32, little-endian).
+/// A row of `int8` is its bytes, then its scales (bf16, little-endian).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stored {
     format: Format,
@@ -309,11 +312,14 @@ impl Stored {
                     if !x.iter().all(|v| v.is_finite()) {
                         return Err(bad);
                     }
-                    let scale = x.iter().fold(0f32, |m, v| m.max(v.abs())) / 127.0;
-                    let inverse = if scale > 0.0 { scale.recip() } else { 0.0 };
-                    let q = |v: &f32| ((v * inverse).round() as i8).cast_unsigned();
-                    bytes.extend(x.iter().map(q));
-                    bytes.extend(scale.to_le_bytes());
+                    let groups = x.chunks(INT8_GROUP).map(|x| (int8_scale(x), x));
+                    bytes.extend(groups.clone().flat_map(|(scale, x)| {
+                        let scale = scale.to_f32();
+                        let inverse = if scale > 0.0 { scale.recip() } else { 0.0 };
+                        x.iter()
+                            .map(move |v| ((v * inverse).round() as i8).cast_unsigned())
+                    }));
+                    bytes.extend(groups.flat_map(|(scale, _)| scale.to_le_bytes()));
                 }
             }
         }
@@ -403,6 +409,17 @@ impl Stored {
     }
 }
 
+/// The scale of a group of `int8`: the first bf16 with which its largest number fits; zero
+/// where that would have no inverse.
+fn int8_scale(x: &[f32]) -> bf16 {
+    let exact = x.iter().fold(0f32, |m, v| m.max(v.abs())) / 127.0;
+    if exact < f32::MIN_POSITIVE {
+        return bf16::ZERO;
+    }
+    // Its upper half, the next one up when bits are cut off. (No overflow: below 3e36.)
+    bf16::from_bits((exact.to_bits().div_ceil(1 << 16)) as u16)
+}
+
 /// One row by rows, as numbers.
 fn expand_row(format: Format, bytes: &[u8], out: &mut [f32]) {
     match (format, format.blocks()) {
@@ -416,10 +433,13 @@ fn expand_row(format: Format, bytes: &[u8], out: &mut [f32]) {
             }
         }
         _ => {
-            let (q, scale) = bytes.split_at(out.len());
-            let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);
-            for (x, &q) in out.iter_mut().zip(q) {
-                *x = scale * f32::from(q.cast_signed());
+            let (q, scales) = bytes.split_at(out.len());
+            let groups = out.chunks_mut(INT8_GROUP).zip(q.chunks(INT8_GROUP));
+            for ((out, q), scale) in groups.zip(scales.as_chunks::<2>().0) {
+                let scale = bf16::from_le_bytes(*scale).to_f32();
+                for (x, &q) in out.iter_mut().zip(q) {
+                    *x = scale * f32::from(q.cast_signed());
+                }
             }
         }
     }
@@ -437,7 +457,7 @@ fn expand_row(format: Format, bytes: &[u8], out: &mut [f32]) {
 ///
 /// Behind the numbers of a block stand its scales, those of all outputs side by side (for
 /// `q4_k`, behind eight blocks: `d`, `dmin`, then the 12 bytes of scales and minima; for `int8`,
-/// behind all). But for padding nothing is added: as many bits as by rows.
+/// behind two). But for padding nothing is added: as many bits as by rows.
 pub struct Packed {
     format: Format,
     outputs: usize,
@@ -509,8 +529,7 @@ impl Packed {
                     .unwrap_or_else(|e| e.into_inner())
                     .take();
                 let Some(data) = mine else { continue };
-                if let (Format::Int8 | Format::Q8_0, Some(groups)) = (format, format.groups(inputs))
-                {
+                if let (Format::Int8 | Format::Q8_0, Some(groups)) = (format, format.groups()) {
                     for group in data.chunks_exact_mut(groups.stride()) {
                         // Zero, for inputs and outputs that are not there.
                         group[..groups.blocks * groups.numbers].fill(128);
@@ -615,7 +634,7 @@ fn scale_at<const N: usize>(start: usize, entry: usize, o: usize) -> std::ops::R
 
 /// Writes one row as output `o` of a panel.
 fn pack_row(format: Format, inputs: usize, o: usize, row: &[u8], data: &mut [u8]) {
-    let Some(groups) = format.groups(inputs) else {
+    let Some(groups) = format.groups() else {
         for (l, pair) in row.chunks(4).enumerate() {
             let to = (l * 32 + o) * 4;
             data[to..to + pair.len()].copy_from_slice(pair);
@@ -625,11 +644,13 @@ fn pack_row(format: Format, inputs: usize, o: usize, row: &[u8], data: &mut [u8]
     let (numbers, scales) = (|b| groups.numbers_of(b), |b| groups.scales_of(b));
     match format {
         Format::Bf16 | Format::Int8 => {
-            let (q, scale) = row.split_at(inputs);
+            let (q, all) = row.split_at(inputs);
             for (l, &q) in q.iter().enumerate() {
                 data[numbers(l / 32) + at(l % 32 / 4, o, l % 4)] = q ^ 128;
             }
-            data[scale_at::<4>(scales(0), 0, o)].copy_from_slice(scale);
+            for (g, scale) in all.as_chunks::<2>().0.iter().enumerate() {
+                data[scale_at::<2>(scales(2 * g), 0, o)].copy_from_slice(scale);
+            }
         }
         Format::Q8_0 => {
             for (b, block) in row.chunks_exact(34).enumerate() {
@@ -676,7 +697,7 @@ fn pack_row(format: Format, inputs: usize, o: usize, row: &[u8], data: &mut [u8]
 
 /// Reads output `o` of a panel as one row.
 fn unpack_row(format: Format, inputs: usize, o: usize, row: &mut [u8], data: &[u8]) {
-    let Some(groups) = format.groups(inputs) else {
+    let Some(groups) = format.groups() else {
         for (l, pair) in row.chunks_mut(4).enumerate() {
             let from = (l * 32 + o) * 4;
             let length = pair.len();
@@ -687,11 +708,13 @@ fn unpack_row(format: Format, inputs: usize, o: usize, row: &mut [u8], data: &[u
     let (numbers, scales) = (|b| groups.numbers_of(b), |b| groups.scales_of(b));
     match format {
         Format::Bf16 | Format::Int8 => {
-            let (q, scale) = row.split_at_mut(inputs);
+            let (q, all) = row.split_at_mut(inputs);
             for (l, q) in q.iter_mut().enumerate() {
                 *q = data[numbers(l / 32) + at(l % 32 / 4, o, l % 4)] ^ 128;
             }
-            scale.copy_from_slice(&data[scale_at::<4>(scales(0), 0, o)]);
+            for (g, scale) in all.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                scale.copy_from_slice(&data[scale_at::<2>(scales(2 * g), 0, o)]);
+            }
         }
         Format::Q8_0 => {
             for (b, block) in row.chunks_exact_mut(34).enumerate() {

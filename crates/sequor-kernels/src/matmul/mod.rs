@@ -9,7 +9,7 @@
 //! | format | bits | weights are | rows are taken as |
 //! |---|---|---|---|
 //! | `bf16` | 16 | as they are | bf16, sums in f32 |
-//! | `int8` | 8 | `scale q`, one f32 scale for each output | 8 bits in blocks of 32 |
+//! | `int8` | 8.25 | `scale q`, a bf16 scale for each 64 of a row | 8 bits in blocks of 32 |
 //! | `q8_0` | 8.5 | `d q` in blocks of 32 | 8 bits in blocks of 32 |
 //! | `q4_0` | 4.5 | `d (q - 8)` in blocks of 32 | 8 bits in blocks of 32 |
 //! | `q4_1` | 5 | `d q + m` in blocks of 32 | 8 bits in blocks of 32 |

@@ -23,19 +23,85 @@ pub(super) struct Bf16Rows {
     pub per_row: usize,
 }
 
+/// One in so many blocks of a row, those with the largest scales, gets a second term.
+const SECOND: usize = 32;
+
 /// Rows in blocks of 32: `x = scale q`, where `scale = max |x| / 127`.
+///
+/// A few numbers of a row are far larger than the others, and what is rounded off in their
+/// blocks is most of what is lost. So the blocks with the largest scales, one in 32, get a
+/// second term, `x = scale q + scale' q'`: 16 bits where they count, for a thirty-second of the
+/// work (docs/benchmarks.md has the effect on perplexity).
 pub(super) struct Int8Rows<'a> {
-    /// `[rows, blocks, 32]`, zero behind the end.
-    pub q: Vec<i8>,
-    /// `[rows, blocks]` each.
-    pub scale: Vec<f32>,
-    /// Sum of `q`.
-    pub sum: Vec<i32>,
-    /// `scale * sum`.
-    pub weight: Vec<f32>,
+    pub first: BlockRows,
+    /// Blocks of a row.
     pub blocks: usize,
+    pub second: BlockRows,
+    /// `[rows, seconds]`: which blocks these are, in rising order.
+    pub at: Vec<u32>,
+    /// Second terms of a row.
+    pub seconds: usize,
     /// Rows with a number that is not finite, whose `q` is zero.
     bad: Vec<(usize, &'a [f32])>,
+}
+
+/// Blocks of 32 numbers, one after another.
+pub(super) struct BlockRows {
+    /// `[blocks, 32]`, zero behind the end of a row.
+    q: Vec<i8>,
+    scale: Vec<f32>,
+    /// Sum of `q`.
+    sum: Vec<i32>,
+    /// `scale * sum`.
+    weight: Vec<f32>,
+}
+
+/// Where blocks begin, for code that walks them by pointers.
+pub(super) struct Blocks {
+    pub q: *const i8,
+    pub scale: *const f32,
+    pub sum: *const i32,
+    pub weight: *const f32,
+}
+
+impl BlockRows {
+    fn new(q: Vec<i8>, facts: &[Facts]) -> Self {
+        Self {
+            q,
+            scale: facts.iter().map(|f| f.scale).collect(),
+            sum: facts.iter().map(|f| f.sum).collect(),
+            weight: facts.iter().map(|f| f.scale * f.sum as f32).collect(),
+        }
+    }
+
+    /// The blocks from this one on.
+    pub fn from(&self, block: usize) -> Blocks {
+        Blocks {
+            q: self.q[block * BLOCK..].as_ptr(),
+            scale: self.scale[block..].as_ptr(),
+            sum: self.sum[block..].as_ptr(),
+            weight: self.weight[block..].as_ptr(),
+        }
+    }
+}
+
+impl Blocks {
+    /// The blocks from this one on.
+    ///
+    /// # Safety
+    /// There are so many.
+    #[inline(always)]
+    pub unsafe fn at(&self, block: usize) -> Self {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            Self {
+                q: self.q.add(block * BLOCK),
+                scale: self.scale.add(block),
+                sum: self.sum.add(block),
+                weight: self.weight.add(block),
+            }
+        }
+    }
 }
 
 impl Int8Rows<'_> {
@@ -66,38 +132,90 @@ impl<'a> Prepared<'a> {
             return Self::Bf16(Bf16Rows { pairs, per_row });
         }
         let blocks = k.div_ceil(BLOCK);
+        let seconds = blocks.div_ceil(SECOND);
         let mut q = vec![0i8; rows * blocks * BLOCK];
         let mut facts = vec![Facts::default(); rows * blocks];
-        let mut both: Vec<(&mut [i8], &mut [Facts])> = q
-            .chunks_mut((blocks * BLOCK).max(1))
-            .zip(facts.chunks_mut(blocks.max(1)))
-            .collect();
-        by_rows(
-            &mut both,
-            1,
-            if blocks == 0 { 0 } else { rows },
-            threads,
-            |row, out| {
-                if let [(q, facts)] = out {
-                    to_int8(&x[row * k..(row + 1) * k], q, facts, isa);
+        let mut second_q = vec![0i8; rows * seconds * BLOCK];
+        let mut second_facts = vec![Facts::default(); rows * seconds];
+        let mut at = vec![0u32; rows * seconds];
+        if blocks > 0 {
+            let mut parts: Vec<RowParts<'_>> = q
+                .chunks_mut(blocks * BLOCK)
+                .zip(facts.chunks_mut(blocks))
+                .zip(second_q.chunks_mut(seconds * BLOCK))
+                .zip(second_facts.chunks_mut(seconds))
+                .zip(at.chunks_mut(seconds))
+                .map(|((((q, facts), second_q), second_facts), at)| RowParts {
+                    q,
+                    facts,
+                    second_q,
+                    second_facts,
+                    at,
+                })
+                .collect();
+            by_rows(&mut parts, 1, rows, threads, |row, parts| {
+                for part in parts {
+                    part.fill(&x[row * k..(row + 1) * k], isa);
                 }
-            },
-        );
-        let mut bad = Vec::new();
-        for (row, facts) in facts.chunks_mut(blocks.max(1)).enumerate() {
-            if facts.iter().any(|f| !f.scale.is_finite()) {
-                bad.push((row, &x[row * k..(row + 1) * k]));
-                facts.fill(Facts::default());
-            }
+            });
+        }
+        let bad = facts
+            .chunks(blocks.max(1))
+            .enumerate()
+            .filter(|(_, facts)| facts.iter().any(|f| !f.scale.is_finite()))
+            .map(|(row, _)| (row, &x[row * k..(row + 1) * k]))
+            .collect::<Vec<_>>();
+        for &(row, _) in &bad {
+            facts[row * blocks..(row + 1) * blocks].fill(Facts::default());
+            second_facts[row * seconds..(row + 1) * seconds].fill(Facts::default());
         }
         Self::Int8(Int8Rows {
-            q,
-            scale: facts.iter().map(|f| f.scale).collect(),
-            sum: facts.iter().map(|f| f.sum).collect(),
-            weight: facts.iter().map(|f| f.scale * f.sum as f32).collect(),
+            first: BlockRows::new(q, &facts),
             blocks,
+            second: BlockRows::new(second_q, &second_facts),
+            at,
+            seconds,
             bad,
         })
+    }
+}
+
+/// Where one row goes.
+struct RowParts<'a> {
+    q: &'a mut [i8],
+    facts: &'a mut [Facts],
+    second_q: &'a mut [i8],
+    second_facts: &'a mut [Facts],
+    at: &'a mut [u32],
+}
+
+impl RowParts<'_> {
+    fn fill(&mut self, x: &[f32], isa: Isa) {
+        to_int8(x, self.q, self.facts, isa);
+        let mut order: Vec<u32> = (0..self.facts.len() as u32).collect();
+        let count = self.at.len();
+        if count < order.len() {
+            // Scales are not negative, and of two that are equal the first comes first: the
+            // choice is the same everywhere. A row with NaN among them is not used.
+            order.select_nth_unstable_by(count, |&a, &b| {
+                let scale = |i: u32| self.facts[i as usize].scale;
+                scale(b).total_cmp(&scale(a)).then(a.cmp(&b))
+            });
+        }
+        order.truncate(count);
+        order.sort_unstable();
+        self.at.copy_from_slice(&order);
+        let outs = self.second_q.as_chunks_mut::<BLOCK>().0.iter_mut();
+        for ((&b, q), facts) in order.iter().zip(outs).zip(&mut *self.second_facts) {
+            let b = b as usize;
+            let mut rest = [0f32; BLOCK];
+            let x = &x[b * BLOCK..x.len().min((b + 1) * BLOCK)];
+            let scale = self.facts[b].scale;
+            for ((rest, x), q) in rest.iter_mut().zip(x).zip(&self.q[b * BLOCK..]) {
+                *rest = x - scale * f32::from(*q);
+            }
+            *facts = block_to_int8(&rest, q);
+        }
     }
 }
 
