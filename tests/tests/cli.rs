@@ -468,3 +468,79 @@ fn perplexity_is_told() {
     assert_eq!(o.status.code(), Some(1));
     assert!(stderr(&o).contains("UTF-8"));
 }
+
+#[test]
+fn quantized_models_load_as_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let write = |from: &str, to: &str, out: &str| {
+        let o = run(&["quantize", from, "--to", to, "--out", out, "--json"]);
+        assert!(o.status.success(), "{}", stderr(&o));
+        json(&o)
+    };
+    let text = |model: &str, weights: &str| {
+        let prompt = "In the beginning";
+        let args = [
+            "generate",
+            "text",
+            prompt,
+            "--model",
+            model,
+            "--weights",
+            weights,
+            "--max-new-tokens",
+            "24",
+        ];
+        let o = run(&[&args[..], &["--json"]].concat());
+        assert!(o.status.success(), "{}", stderr(&o));
+        json(&o)["text"].as_str().unwrap().to_owned()
+    };
+    let plain = bible_lm();
+    // From the folder, converted as it is loaded, and from a file that is so already: the same.
+    for format in ["int8", "q8_0", "q4_0", "q4_1"] {
+        let folder = at(format);
+        let report = write(&plain, format, &folder);
+        let error = report["relative_error"].as_f64().unwrap();
+        assert!(error > 1e-4 && error < 0.15, "{format}: {error}");
+        // (4-bit files keep their tables in 8 bits, which --weights does not.)
+        if !format.starts_with("q4") {
+            assert_eq!(text(&folder, "auto"), text(&plain, format), "{format}");
+        }
+        if format != "int8" {
+            let gguf = at(&format!("{format}.gguf"));
+            write(&plain, format, &gguf);
+            assert_eq!(text(&gguf, "auto"), text(&folder, "auto"), "{format}");
+            // And back: the same bits in the other container.
+            let back = at(&format!("{format}-back"));
+            let report = write(&gguf, format, &back);
+            assert_eq!(report["relative_error"].as_f64(), Some(0.0));
+            assert_eq!(text(&back, "auto"), text(&folder, "auto"), "{format}");
+        }
+    }
+    let same = at("same.gguf");
+    write(&plain, "bf16", &same);
+    assert_eq!(text(&same, "f32"), text(&plain, "f32"));
+    // Rows of 192 are not whole blocks of 256: said, and kept in 8 bits.
+    let report = write(&plain, "q4_k", &at("k.gguf"));
+    assert!(!report["other"].as_array().unwrap().is_empty());
+
+    for (args, words) in [
+        (vec![&plain, "--to", "int8", "--out", &at("i.gguf")], "q8_0"),
+        (
+            vec![&plain, "--to", "q8_0", "--out", &same],
+            "exists already",
+        ),
+        (vec![&plain, "--to", "q3_k", "--out", &at("x")], "q4_k"),
+        (vec![&plain, "--to", "auto", "--out", &at("x")], "auto"),
+        (
+            vec![&at("absent"), "--to", "q8_0", "--out", &at("x")],
+            "absent",
+        ),
+    ] {
+        let args: Vec<&str> = args.into_iter().map(|a| a as &str).collect();
+        let o = run(&[&["quantize"][..], &args].concat());
+        assert!(!o.status.success(), "{args:?}");
+        assert!(stderr(&o).contains(words), "{}", stderr(&o));
+    }
+    assert!(!dir.path().join("i.gguf").exists() && !dir.path().join("x").exists());
+}

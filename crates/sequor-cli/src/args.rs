@@ -23,6 +23,8 @@ pub enum Command {
     Chat(Chat),
     /// List the tensors, config and sizes of a model, and what the loader would do
     Inspect(Inspect),
+    /// Write a model in another format: smaller files that load as they are
+    Quantize(Quantize),
     /// Check libtorch, CPU, threads and folders, and say how to fix what is wrong
     Doctor(Doctor),
     /// Run a model's reference forward on named inputs
@@ -181,6 +183,30 @@ pub struct Chat {
 pub struct Inspect {
     /// Model folder, weight file, or a name of `sequor models list`
     pub model: String,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Never use the network
+    #[arg(long)]
+    pub offline: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Quantize {
+    /// Model folder, GGUF file, a name of `sequor models list`, or hf:owner/name
+    pub model: String,
+    /// Format of the matrices: f32, f16, bf16, int8, q8_0, q4_0, q4_1 or q4_k
+    #[arg(long, value_name = "FORMAT")]
+    pub to: String,
+    /// Where it goes: a file ending in .gguf, or a folder for safetensors
+    #[arg(long, value_name = "PATH")]
+    pub out: PathBuf,
+    /// Format of embeddings and head [default: q8_0 where --to has 4 bits, else as --to]
+    #[arg(long, value_name = "FORMAT")]
+    pub tables: Option<String>,
+    /// Replace what is there already
+    #[arg(long)]
+    pub overwrite: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

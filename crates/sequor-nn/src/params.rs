@@ -383,10 +383,17 @@ impl ParamBuilder {
             }
             _ => return Ok(None),
         };
-        if info.dtype.format() == Some(format)
+        // Blocks are converted row by row: all numbers at once would be most of the memory
+        // that loading takes.
+        if info.dtype.format().is_some()
             && let Some(stored) = source.stored(&full)?
         {
-            return Ok(Some(stored));
+            return if stored.format() == format {
+                Ok(Some(stored))
+            } else {
+                let converted = stored.convert(format).map_err(Error::from);
+                converted.map(Some).map_err(|e| e.in_layer(&full))
+            };
         }
         let stored = quantise(format, &source.load(&full)?);
         stored.map(Some).map_err(|e| e.in_layer(&full))

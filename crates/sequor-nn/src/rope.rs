@@ -88,6 +88,18 @@ pub struct Rope {
 }
 
 impl Rope {
+    /// The base of the frequencies.
+    #[must_use]
+    pub fn theta(&self) -> f64 {
+        self.theta
+    }
+
+    /// What is done to positions or frequencies for longer texts.
+    #[must_use]
+    pub fn scaling(&self) -> &Scaling {
+        &self.scaling
+    }
+
     /// Rotates the first `dim` channels of each head, along one axis.
     ///
     /// # Errors

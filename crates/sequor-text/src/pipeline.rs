@@ -339,7 +339,7 @@ impl TextPipeline {
     }
 }
 
-fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
+pub(crate) fn load_tokenizer(path: &Path) -> Result<Tokenizer> {
     if path.is_dir() {
         return Ok(Tokenizer::from_dir(path)?);
     }

@@ -2,13 +2,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::definition::{AddedToken, Definition, surround};
 use crate::load::MAX_ID;
 use crate::pieces::byte_token;
 use crate::split::Split;
-use crate::{Error, Result};
+use crate::{Error, Result, Tokenizer};
 
 /// The marker that SentencePiece writes for a space.
 const SPACE: &str = "\u{2581}";
@@ -75,6 +75,69 @@ impl GgufVocab {
                 "tokenizer.ggml.model {other:?}; \"gpt2\" (byte-level BPE) and \"llama\" (SentencePiece BPE) are"
             ))),
         }
+    }
+
+    /// The fields that a GGUF file needs to describe a byte-level BPE tokenizer.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for tokenizers of another kind, or whose word split has no name
+    /// among those of [`Split`].
+    pub fn from_tokenizer(tokenizer: &Tokenizer) -> Result<Self> {
+        let unsupported = |what: &str| {
+            Error::Unsupported(format!(
+                "{what}, which cannot be written into a GGUF file; write safetensors instead"
+            ))
+        };
+        let json: Value = serde_json::from_slice(&tokenizer.to_json_bytes()?)
+            .map_err(|e| Error::Config(format!("the tokenizer is not valid JSON: {e}")))?;
+        let model = &json["model"];
+        if model["type"] != "BPE" || model["byte_fallback"] == true {
+            return Err(unsupported("this tokenizer is not byte-level BPE"));
+        }
+        let split = Split::of(&json["pre_tokenizer"])
+            .filter(|s| {
+                s.normalizer() == json["normalizer"]
+                    && s.ignores_merges() == (model["ignore_merges"] == true)
+            })
+            .ok_or_else(|| unsupported("this tokenizer splits words in a way of its own"))?;
+        let count = tokenizer.vocab_size() as u32;
+        // Ids without a token are there to fill the table of embeddings.
+        let token = |id| tokenizer.id_to_token(id);
+        let names = (0..count).map(|id| token(id).unwrap_or_else(|| format!("[PAD{id}]")));
+        let mut types: Vec<i32> = (0..count)
+            .map(|id| if token(id).is_some() { 1 } else { 5 })
+            .collect();
+        for added in json["added_tokens"].as_array().into_iter().flatten() {
+            let id = added["id"]
+                .as_u64()
+                .and_then(|id| types.get_mut(id as usize));
+            if let Some(kind) = id {
+                *kind = if added["special"] == true { 3 } else { 4 };
+            }
+        }
+        let merge = |m: &Value| match m {
+            Value::String(pair) => Some(pair.clone()),
+            pair => Some(format!("{} {}", pair[0].as_str()?, pair[1].as_str()?)),
+        };
+        let merges = model["merges"].as_array().into_iter().flatten();
+        let merges = merges.map(merge).collect::<Option<_>>();
+        let ends = tokenizer.encode("a", true)?;
+        Ok(Self {
+            model: "gpt2".to_owned(),
+            pre: Some(split.gguf_name().to_owned()),
+            tokens: names.collect(),
+            scores: None,
+            token_types: Some(types),
+            merges: merges.ok_or_else(|| Error::Config("a merge is not a pair".to_owned()))?,
+            bos: tokenizer.bos(),
+            eos: tokenizer.eos(),
+            unk: tokenizer.unk(),
+            pad: tokenizer.pad(),
+            add_bos: Some(tokenizer.bos().is_some() && ends.first().copied() == tokenizer.bos()),
+            add_eos: Some(tokenizer.eos().is_some() && ends.last().copied() == tokenizer.eos()),
+            add_space_prefix: None,
+            chat_template: tokenizer.chat_template().map(|t| t.source().to_owned()),
+        })
     }
 
     fn check(&self) -> Result<()> {

@@ -54,6 +54,25 @@ impl Split {
         })
     }
 
+    /// Its name in `tokenizer.ggml.pre`.
+    #[must_use]
+    pub fn gguf_name(self) -> &'static str {
+        match self {
+            Self::Gpt2 => "gpt-2",
+            Self::SmolLm => "smollm",
+            Self::Llama3 => "llama-bpe",
+            Self::Qwen2 => "qwen2",
+        }
+    }
+
+    /// The split that the `pre_tokenizer` of a `tokenizer.json` is, if it is one of these.
+    pub(crate) fn of(pre_tokenizer: &Value) -> Option<Self> {
+        let all = [Self::Gpt2, Self::SmolLm, Self::Llama3, Self::Qwen2];
+        let wanted = with_defaults(pre_tokenizer);
+        all.into_iter()
+            .find(|split| with_defaults(&split.pre_tokenizer()) == wanted)
+    }
+
     /// The `pre_tokenizer` of a `tokenizer.json`.
     pub(crate) fn pre_tokenizer(self) -> Value {
         let sequence = |first: Value, use_regex| json!({"type": "Sequence", "pretokenizers": [first, byte_level(use_regex)]});
@@ -84,4 +103,23 @@ impl Split {
     pub(crate) fn starts_with_bos(self) -> bool {
         self == Self::Llama3
     }
+}
+
+/// A `pre_tokenizer` with what files may leave out, and without what changes no token.
+fn with_defaults(pre_tokenizer: &Value) -> Value {
+    let mut full = pre_tokenizer.clone();
+    if let Some(parts) = full.get_mut("pretokenizers").and_then(Value::as_array_mut) {
+        for part in parts {
+            *part = with_defaults(part);
+        }
+    }
+    let byte_level = full["type"] == "ByteLevel";
+    if let Some(fields) = full.as_object_mut() {
+        fields.remove("trim_offsets");
+        if byte_level {
+            fields.entry("use_regex").or_insert(true.into());
+        }
+    }
+    full.sort_all_objects();
+    full
 }

@@ -12,6 +12,7 @@ mod forward;
 mod generate;
 mod inspect;
 mod model;
+mod quantize;
 mod reproduce;
 mod systems;
 mod train;
@@ -30,6 +31,7 @@ pub fn run(command: Command) -> Result {
         Command::Generate(Generate::Text(a)) => generate::run(&a),
         Command::Chat(a) => chat::run(&a),
         Command::Inspect(a) => inspect::run(&a),
+        Command::Quantize(a) => quantize::run(&a),
         Command::Doctor(a) => doctor::run(&a),
         Command::Forward(a) => forward::run(&a),
         Command::Bench(Bench::Decode(a)) => bench::run(&a),

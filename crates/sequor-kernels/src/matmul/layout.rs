@@ -8,6 +8,7 @@ use half::bf16;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use thiserror::Error;
 
 /// How the numbers of a matrix are kept.
@@ -294,36 +295,65 @@ impl Stored {
                 found: values.len(),
             });
         }
+        let read = |row: usize, x: &mut [f32]| {
+            x.copy_from_slice(&values[row * inputs..(row + 1) * inputs]);
+        };
+        Self::from_rows_with(format, outputs, inputs, size, read)
+    }
+
+    /// The same matrix in another format: as [`quantise`](Self::quantise) of
+    /// [`expand`](Self::expand), without the memory for all its numbers.
+    ///
+    /// # Errors
+    /// As [`quantise`](Self::quantise).
+    pub fn convert(&self, format: Format) -> Result<Self, MatrixError> {
+        let (outputs, inputs) = (self.outputs, self.inputs);
+        let size = Self::bytes_of(format, outputs, inputs)?;
+        let read = |row: usize, x: &mut [f32]| self.expand_row(row, x);
+        Self::from_rows_with(format, outputs, inputs, size, read)
+    }
+
+    /// Converts the rows that `read` gives, in several threads.
+    fn from_rows_with(
+        format: Format,
+        outputs: usize,
+        inputs: usize,
+        size: usize,
+        read: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Result<Self, MatrixError> {
         let mut bytes = Vec::new();
         bytes
             .try_reserve_exact(size)
             .map_err(|_| MatrixError::Memory { bytes: size })?;
-        if inputs == 0 {
-            bytes.resize(size, 0);
-        }
-        for (row, x) in values.chunks_exact(inputs.max(1)).enumerate() {
-            let bad = MatrixError::Values { format, row };
-            match (format, format.blocks()) {
-                (_, Some(blocks)) => bytes.extend(blocks::quantise(blocks, x).ok_or(bad)?),
-                (Format::Bf16, None) => {
-                    bytes.extend(x.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()));
-                }
-                _ => {
-                    if !x.iter().all(|v| v.is_finite()) {
-                        return Err(bad);
+        bytes.resize(size, 0);
+        let first_bad = AtomicUsize::new(usize::MAX);
+        if size > 0 {
+            /// Rows that one thread takes at a time.
+            const ROWS: usize = 64;
+            let row_bytes = size / outputs;
+            // Each part is taken by one thread, once.
+            let parts: Vec<_> = bytes
+                .chunks_mut(ROWS * row_bytes)
+                .map(|part| Mutex::new(Some(part)))
+                .collect();
+            team::share(parts.len(), 1, threads::get(), |range| {
+                let mut x = vec![0f32; inputs];
+                for i in range {
+                    let part = parts[i].lock().unwrap_or_else(|e| e.into_inner()).take();
+                    let rows = part.into_iter().flat_map(|p| p.chunks_exact_mut(row_bytes));
+                    for (row, out) in (i * ROWS..).zip(rows) {
+                        read(row, &mut x);
+                        if quantise_row(format, &x, out).is_none() {
+                            first_bad.fetch_min(row, Ordering::Relaxed);
+                        }
                     }
-                    let groups = x.chunks(INT8_GROUP).map(|x| (int8_scale(x), x));
-                    bytes.extend(groups.clone().flat_map(|(scale, x)| {
-                        let scale = scale.to_f32();
-                        let inverse = if scale > 0.0 { scale.recip() } else { 0.0 };
-                        x.iter()
-                            .map(move |v| ((v * inverse).round() as i8).cast_unsigned())
-                    }));
-                    bytes.extend(groups.flat_map(|(scale, _)| scale.to_le_bytes()));
                 }
-            }
+            });
         }
-        Self::new(format, outputs, inputs, bytes)
+        match first_bad.into_inner() {
+            usize::MAX => Self::new(format, outputs, inputs, bytes),
+            row => Err(MatrixError::Values { format, row }),
+        }
     }
 
     /// How its numbers are kept.
@@ -407,6 +437,37 @@ impl Stored {
         let outputs = parts.iter().map(|p| p.outputs).sum();
         Self::new(first.format, outputs, first.inputs, bytes)
     }
+}
+
+/// One row of numbers by rows; `None` where the format cannot keep them.
+fn quantise_row(format: Format, x: &[f32], out: &mut [u8]) -> Option<()> {
+    match (format, format.blocks()) {
+        (_, Some(blocks)) => out.copy_from_slice(&blocks::quantise(blocks, x)?),
+        (Format::Bf16, None) => {
+            for (out, &v) in out.as_chunks_mut::<2>().0.iter_mut().zip(x) {
+                *out = bf16::from_f32(v).to_le_bytes();
+            }
+        }
+        _ => {
+            if !x.iter().all(|v| v.is_finite()) {
+                return None;
+            }
+            let (q, scales) = out.split_at_mut(x.len());
+            let groups = q.chunks_mut(INT8_GROUP).zip(x.chunks(INT8_GROUP));
+            for ((q, x), to) in groups.zip(scales.as_chunks_mut::<2>().0) {
+                let scale = int8_scale(x);
+                let inverse = match scale.to_f32() {
+                    0.0 => 0.0,
+                    scale => scale.recip(),
+                };
+                for (q, v) in q.iter_mut().zip(x) {
+                    *q = ((v * inverse).round() as i8).cast_unsigned();
+                }
+                *to = scale.to_le_bytes();
+            }
+        }
+    }
+    Some(())
 }
 
 /// The scale of a group of `int8`: the first bf16 with which its largest number fits; zero

@@ -96,6 +96,20 @@ fn formats_are_as_exact_as_their_bits() {
     }
 }
 
+#[test]
+fn formats_are_converted_as_their_numbers_are() {
+    for from in Format::ALL {
+        for to in Format::ALL {
+            let stored = Stored::quantise(from, &numbers(25, 70 * 256), 70, 256).unwrap();
+            let numbers = stored.expand();
+            let expected = Stored::quantise(to, &numbers, 70, 256).unwrap();
+            assert_eq!(stored.convert(to).unwrap(), expected, "{from} to {to}");
+        }
+    }
+    let narrow = Stored::quantise(Format::Q8_0, &numbers(26, 64), 2, 32).unwrap();
+    assert!(narrow.convert(Format::Q4K).is_err());
+}
+
 /// A row as 8 bits in blocks of 32, one block in 32 with a second term.
 fn as_8_bits(row: &[f32]) -> Vec<f32> {
     let nearest = |block: &[f32]| -> (f32, Vec<f32>) {

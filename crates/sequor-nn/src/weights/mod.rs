@@ -46,13 +46,15 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 
-pub use gguf::{Gguf, GgufArray, GgufTokenizerFields, GgufValue, hugging_face_names};
+pub use gguf::{
+    Gguf, GgufArray, GgufTokenizerFields, GgufValue, ggml_names, hugging_face_names, write_gguf,
+};
 pub use rename::{NewTensor, Renamed, Transform};
 pub use safetensors::Safetensors;
 pub use sharded::Sharded;
 pub use source::{Limits, SourceDtype, TensorInfo, TensorSource};
 pub use torch::TorchCheckpoint;
-pub use write::{write_atomic, write_safetensors};
+pub use write::{PlannedTensor, Put, write_atomic, write_safetensors, write_safetensors_with};
 
 use crate::error::{Error, Result};
 use source::Data;

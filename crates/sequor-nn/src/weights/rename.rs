@@ -59,6 +59,11 @@ pub enum Transform {
         /// Heads in this projection (KV heads for K).
         heads: i64,
     },
+    /// The other way round: row `j * d/2 + i` of a head becomes row `2i + j`.
+    PermuteRope {
+        /// Heads in this projection (KV heads for K).
+        heads: i64,
+    },
 }
 
 impl Transform {
@@ -96,7 +101,7 @@ impl Transform {
                 }
                 Ok(new.clone())
             }
-            Self::UnpermuteRope { heads } => match old.first() {
+            Self::UnpermuteRope { heads } | Self::PermuteRope { heads } => match old.first() {
                 Some(&rows)
                     if *heads > 0
                         && rows >= *heads
@@ -126,6 +131,14 @@ impl Transform {
                 };
                 Some((0..heads).flat_map(head).collect())
             }
+            Self::PermuteRope { heads } => {
+                let heads = usize::try_from(*heads).ok().filter(|&h| h > 0)?;
+                let half = rows / (2 * heads);
+                let head = |h: usize| {
+                    (0..half).flat_map(move |i| (0..2).map(move |j| (2 * h + j) * half + i))
+                };
+                Some((0..heads).flat_map(head).collect())
+            }
             Self::Slice { .. } | Self::Transpose | Self::Reshape(_) => None,
         }
     }
@@ -142,6 +155,13 @@ impl Transform {
                 let old = t.size();
                 let half = old.first().copied().unwrap_or(0) / (2 * heads);
                 let mut split = vec![*heads, half, 2];
+                split.extend(old.iter().skip(1));
+                t.f_reshape(split)?.f_transpose(1, 2)?.f_reshape(old)?
+            }
+            Self::PermuteRope { heads } => {
+                let old = t.size();
+                let half = old.first().copied().unwrap_or(0) / (2 * heads);
+                let mut split = vec![*heads, 2, half];
                 split.extend(old.iter().skip(1));
                 t.f_reshape(split)?.f_transpose(1, 2)?.f_reshape(old)?
             }

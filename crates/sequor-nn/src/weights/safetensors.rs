@@ -11,6 +11,8 @@ use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use sequor_kernels::bridge;
+use sequor_kernels::matmul::{Format, Stored};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Visitor};
 use tch::Tensor;
@@ -39,7 +41,14 @@ struct Entry {
     dtype: SourceDtype,
     /// Position in the file.
     range: Range<usize>,
+    /// The format of rows that the file has as plain bytes ([`FORMATS`]).
+    format: Option<Format>,
 }
+
+/// The metadata entry that says which tensors are rows in one of our formats: a JSON object,
+/// name to `[format, length of a row]`. Such a tensor stands in the file as bytes (`U8`),
+/// `[rows, bytes of a row]`.
+pub(super) const FORMATS: &str = "sequor.formats";
 
 impl Safetensors {
     /// Maps a file and checks its header with the default [`Limits`].
@@ -69,13 +78,29 @@ impl Safetensors {
     }
 
     pub(super) fn new(path: PathBuf, data: Data, limits: &Limits) -> Result<Self> {
-        let (tensors, metadata) = parse(&path, data.bytes(), limits)?;
+        let (mut tensors, metadata) = parse(&path, data.bytes(), limits)?;
+        if let Some(formats) = metadata.get(FORMATS) {
+            read_formats(&path, formats, &mut tensors)?;
+        }
         Ok(Self {
             path,
             data,
             tensors,
             metadata,
         })
+    }
+}
+
+impl Safetensors {
+    fn entry(&self, name: &str) -> Result<(&Entry, &[u8])> {
+        let entry = self
+            .tensors
+            .get(name)
+            .ok_or_else(|| absent(&self.path, name))?;
+        let bytes = self.data.bytes().get(entry.range.clone()).ok_or_else(|| {
+            Error::weights(&self.path, format!("tensor '{name}' lies outside the file"))
+        })?;
+        Ok((entry, bytes))
     }
 }
 
@@ -98,19 +123,64 @@ impl TensorSource for Safetensors {
     }
 
     fn load(&self, name: &str) -> Result<Tensor> {
-        let entry = self
-            .tensors
-            .get(name)
-            .ok_or_else(|| absent(&self.path, name))?;
-        let bytes = self.data.bytes().get(entry.range.clone()).ok_or_else(|| {
-            Error::weights(&self.path, format!("tensor '{name}' lies outside the file"))
-        })?;
+        if let Some(rows) = self.stored(name)? {
+            let numbers = rows.expand();
+            return bridge::from_slice(&numbers, &[rows.outputs() as i64, rows.inputs() as i64])
+                .map_err(|e| Error::weights(&self.path, format!("tensor '{name}': {e}")));
+        }
+        let (entry, bytes) = self.entry(name)?;
         plain_tensor(&self.path, name, bytes, &entry.shape, &entry.dtype)
+    }
+
+    fn stored(&self, name: &str) -> Result<Option<Stored>> {
+        let (entry, bytes) = self.entry(name)?;
+        let (Some(format), [outputs, inputs]) = (entry.format, &entry.shape[..]) else {
+            return Ok(None);
+        };
+        let stored = Stored::new(format, *outputs as usize, *inputs as usize, bytes.to_vec());
+        stored
+            .map(Some)
+            .map_err(|e| Error::weights(&self.path, format!("tensor '{name}': {e}")))
     }
 
     fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
+}
+
+/// Gives tensors that are rows in one of our formats their real shape and dtype.
+fn read_formats(path: &Path, text: &str, tensors: &mut BTreeMap<String, Entry>) -> Result<()> {
+    let bad = |what: String| Error::weights(path, format!("metadata '{FORMATS}': {what}"));
+    let formats: BTreeMap<String, (String, u64)> =
+        serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
+    for (name, (format, inputs)) in formats {
+        let format: Format = format.parse().map_err(|e| bad(format!("'{name}': {e}")))?;
+        let entry = tensors
+            .get_mut(&name)
+            .ok_or_else(|| bad(format!("there is no tensor '{name}'")))?;
+        let row = usize::try_from(inputs)
+            .ok()
+            .and_then(|n| format.row_bytes(n));
+        let shape = match entry.shape[..] {
+            [rows, bytes] if entry.dtype == SourceDtype::U8 => {
+                let fits = row.is_some_and(|row| i64::try_from(row) == Ok(bytes));
+                i64::try_from(inputs)
+                    .ok()
+                    .filter(|_| fits)
+                    .map(|inputs| vec![rows, inputs])
+            }
+            _ => None,
+        };
+        entry.shape = shape.ok_or_else(|| {
+            bad(format!(
+                "'{name}' is {} {:?}, which is not rows of {inputs} numbers as {format}",
+                entry.dtype, entry.shape
+            ))
+        })?;
+        entry.dtype = format.into();
+        entry.format = Some(format);
+    }
+    Ok(())
 }
 
 /// Bytes of the header length at the start of the file.
@@ -216,6 +286,7 @@ fn tile(
                 shape,
                 dtype,
                 range,
+                format: None,
             },
         );
     }

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
+use sequor_kernels::matmul::Stored;
 use serde::Deserialize;
 use tch::Tensor;
 
@@ -171,6 +172,12 @@ impl TensorSource for Sharded {
         self.shard(name)
             .ok_or_else(|| absent(&self.path, name))?
             .load(name)
+    }
+
+    fn stored(&self, name: &str) -> Result<Option<Stored>> {
+        self.shard(name)
+            .ok_or_else(|| absent(&self.path, name))?
+            .stored(name)
     }
 
     fn metadata(&self) -> &BTreeMap<String, String> {

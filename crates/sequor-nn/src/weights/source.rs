@@ -134,8 +134,23 @@ pub enum SourceDtype {
     Q5K,
     /// ggml `Q6_K`: super-blocks of 256, 6 bits, 8-bit scales.
     Q6K,
+    /// Our own: signed bytes with a scale for each 64 ([`Format::Int8`]).
+    Int8Rows,
     /// A dtype that is recognised as such but cannot be loaded, by its own name.
     Other(Box<str>),
+}
+
+impl From<Format> for SourceDtype {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Bf16 => Self::BF16,
+            Format::Q8_0 => Self::Q8_0,
+            Format::Q4_0 => Self::Q4_0,
+            Format::Q4_1 => Self::Q4_1,
+            Format::Q4K => Self::Q4K,
+            _ => Self::Int8Rows,
+        }
+    }
 }
 
 impl SourceDtype {
@@ -159,6 +174,24 @@ impl SourceDtype {
         })
     }
 
+    /// The plain dtype that holds a tensor of this kind, if there is one.
+    #[must_use]
+    pub fn of(kind: Kind) -> Option<Self> {
+        Some(match kind {
+            Kind::Double => Self::F64,
+            Kind::Float => Self::F32,
+            Kind::Half => Self::F16,
+            Kind::BFloat16 => Self::BF16,
+            Kind::Int64 => Self::I64,
+            Kind::Int => Self::I32,
+            Kind::Int16 => Self::I16,
+            Kind::Int8 => Self::I8,
+            Kind::Uint8 => Self::U8,
+            Kind::Bool => Self::Bool,
+            _ => return None,
+        })
+    }
+
     /// The ggml blocks of a quantised dtype.
     #[must_use]
     pub fn block_type(&self) -> Option<BlockType> {
@@ -178,6 +211,9 @@ impl SourceDtype {
     /// The format of our kernels that has exactly these blocks.
     #[must_use]
     pub fn format(&self) -> Option<Format> {
+        if *self == Self::Int8Rows {
+            return Some(Format::Int8);
+        }
         let blocks = self.block_type()?;
         Format::ALL.into_iter().find(|f| f.blocks() == Some(blocks))
     }
@@ -185,11 +221,11 @@ impl SourceDtype {
     /// Whether elements are stored in quantised blocks.
     #[must_use]
     pub fn is_quantised(&self) -> bool {
-        self.block().is_some_and(|(elements, _)| elements > 1)
+        *self == Self::Int8Rows || self.block().is_some_and(|(elements, _)| elements > 1)
     }
 
     /// The smallest storable unit as `(elements, bytes)`: `(1, width)` for
-    /// plain dtypes, a block for quantised ones, `None` when unknown.
+    /// plain dtypes, a block for quantised ones, `None` when unknown or not of one size.
     #[must_use]
     pub fn block(&self) -> Option<(u64, u64)> {
         Some(match self {
@@ -208,7 +244,7 @@ impl SourceDtype {
                 let (elements, bytes) = self.block_type()?.size();
                 (elements as u64, bytes as u64)
             }
-            Self::Other(_) => return None,
+            Self::Int8Rows | Self::Other(_) => return None,
         })
     }
 }
@@ -234,6 +270,7 @@ impl fmt::Display for SourceDtype {
             Self::Q4K => "Q4_K",
             Self::Q5K => "Q5_K",
             Self::Q6K => "Q6_K",
+            Self::Int8Rows => "INT8",
             Self::Other(name) => name,
         })
     }

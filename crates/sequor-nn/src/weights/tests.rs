@@ -6,6 +6,7 @@ mod fixtures;
 mod gguf;
 mod hostile;
 mod opening;
+mod quantised;
 mod rename;
 mod safetensors;
 mod torch;

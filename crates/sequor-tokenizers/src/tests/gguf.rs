@@ -260,3 +260,42 @@ fn ids_beyond_the_vocabulary_are_errors() {
         );
     }
 }
+
+#[test]
+fn a_byte_level_tokenizer_becomes_a_vocabulary_again() {
+    for pre in ["gpt-2", "smollm", "llama-bpe", "qwen2"] {
+        let vocab = GgufVocab {
+            pre: Some(pre.to_owned()),
+            add_bos: Some(true),
+            add_eos: Some(false),
+            ..byte_level_vocab()
+        };
+        let tokenizer = Tokenizer::from_gguf_vocab(vocab.clone()).unwrap();
+        let again = GgufVocab::from_tokenizer(&tokenizer).unwrap();
+        assert_eq!(again.pre.as_deref(), Some(pre));
+        assert_eq!(
+            (&again.tokens, &again.merges),
+            (&vocab.tokens, &vocab.merges)
+        );
+        assert_eq!(
+            (again.bos, again.eos, again.add_bos),
+            (vocab.bos, vocab.eos, Some(true))
+        );
+        let second = Tokenizer::from_gguf_vocab(again).unwrap();
+        for text in [
+            "the  thin 123",
+            "<|end|>[user] the",
+            "\u{1f600}\n\n It's",
+            "",
+        ] {
+            assert_eq!(ids(&second, text), ids(&tokenizer, text), "{pre}: {text:?}");
+            assert_eq!(
+                second.encode(text, true).unwrap(),
+                tokenizer.encode(text, true).unwrap()
+            );
+        }
+    }
+    let pieces = Tokenizer::from_gguf_vocab(sentence_piece_vocab()).unwrap();
+    let refused = GgufVocab::from_tokenizer(&pieces).unwrap_err();
+    assert!(refused.to_string().contains("safetensors"), "{refused}");
+}

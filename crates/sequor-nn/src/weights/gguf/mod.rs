@@ -12,6 +12,7 @@ mod names;
 mod parse;
 mod tokenizer;
 mod value;
+mod write;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,9 +20,10 @@ use std::path::{Path, PathBuf};
 use sequor_kernels::matmul::Stored;
 use tch::Tensor;
 
-pub use names::hugging_face_names;
+pub use names::{ggml_names, hugging_face_names};
 pub use tokenizer::GgufTokenizerFields;
 pub use value::{GgufArray, GgufValue};
+pub use write::write_gguf;
 
 use super::source::{
     Data, Limits, TensorInfo, TensorSource, absent, plain_tensor, unsupported_dtype,

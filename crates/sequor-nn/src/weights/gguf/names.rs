@@ -61,6 +61,34 @@ pub fn hugging_face_names(gguf: Gguf) -> Result<Renamed<Gguf>> {
     })
 }
 
+/// Presents a checkpoint under canonical (Hugging Face) names as llama.cpp names and lays it
+/// out: the other way round of [`hugging_face_names`]. `rotated` says how many query and key
+/// heads to permute, for architecture `llama`.
+///
+/// # Errors
+/// [`Error::Unsupported`] for tensors that llama.cpp's architecture has no name for; shapes
+/// that do not fit the heads.
+pub fn ggml_names<S: TensorSource>(source: S, rotated: Option<(i64, i64)>) -> Result<Renamed<S>> {
+    let unknown = source.names().into_iter().find(|n| ggml_name(n).is_none());
+    if let Some(name) = unknown {
+        return Err(Error::Unsupported(format!(
+            "{}: GGUF has no name for tensor '{name}' of this architecture; write safetensors",
+            source.path().display()
+        )));
+    }
+    Renamed::new(source, |old, _| {
+        let Some((new, role)) = ggml_name(old) else {
+            return vec![];
+        };
+        let steps = match (role, rotated) {
+            (Role::Query, Some((heads, _))) => vec![Transform::PermuteRope { heads }],
+            (Role::Key, Some((_, heads))) => vec![Transform::PermuteRope { heads }],
+            _ => Vec::new(),
+        };
+        vec![NewTensor { name: new, steps }]
+    })
+}
+
 #[derive(Clone, Copy)]
 enum Role {
     Query,
@@ -68,31 +96,44 @@ enum Role {
     Other,
 }
 
+/// Tensors outside the layers: GGUF's name, Hugging Face's.
+const TOP: [(&str, &str); 3] = [
+    ("token_embd.weight", "model.embed_tokens.weight"),
+    ("output_norm.weight", "model.norm.weight"),
+    ("output.weight", "lm_head.weight"),
+];
+
+/// Modules of a layer: GGUF's name, Hugging Face's.
+const PARTS: [(&str, &str, Role); 11] = [
+    ("attn_q", "self_attn.q_proj", Role::Query),
+    ("attn_k", "self_attn.k_proj", Role::Key),
+    ("attn_v", "self_attn.v_proj", Role::Other),
+    ("attn_output", "self_attn.o_proj", Role::Other),
+    ("attn_q_norm", "self_attn.q_norm", Role::Other),
+    ("attn_k_norm", "self_attn.k_norm", Role::Other),
+    ("attn_norm", "input_layernorm", Role::Other),
+    ("ffn_norm", "post_attention_layernorm", Role::Other),
+    ("ffn_gate", "mlp.gate_proj", Role::Other),
+    ("ffn_up", "mlp.up_proj", Role::Other),
+    ("ffn_down", "mlp.down_proj", Role::Other),
+];
+
 fn hugging_face_name(old: &str) -> Option<(String, Role)> {
-    let top = match old {
-        "token_embd.weight" => Some("model.embed_tokens.weight"),
-        "output_norm.weight" => Some("model.norm.weight"),
-        "output.weight" => Some("lm_head.weight"),
-        _ => None,
-    };
-    if let Some(top) = top {
-        return Some((top.to_owned(), Role::Other));
+    if let Some((_, new)) = TOP.iter().find(|(gguf, _)| *gguf == old) {
+        return Some(((*new).to_owned(), Role::Other));
     }
     let (layer, part) = old.strip_prefix("blk.")?.split_once('.')?;
     let (part, suffix) = part.rsplit_once('.')?;
-    let (part, role) = match part {
-        "attn_q" => ("self_attn.q_proj", Role::Query),
-        "attn_k" => ("self_attn.k_proj", Role::Key),
-        "attn_v" => ("self_attn.v_proj", Role::Other),
-        "attn_output" => ("self_attn.o_proj", Role::Other),
-        "attn_q_norm" => ("self_attn.q_norm", Role::Other),
-        "attn_k_norm" => ("self_attn.k_norm", Role::Other),
-        "attn_norm" => ("input_layernorm", Role::Other),
-        "ffn_norm" => ("post_attention_layernorm", Role::Other),
-        "ffn_gate" => ("mlp.gate_proj", Role::Other),
-        "ffn_up" => ("mlp.up_proj", Role::Other),
-        "ffn_down" => ("mlp.down_proj", Role::Other),
-        _ => return None,
-    };
-    Some((format!("model.layers.{layer}.{part}.{suffix}"), role))
+    let (_, new, role) = PARTS.iter().find(|(gguf, ..)| *gguf == part)?;
+    Some((format!("model.layers.{layer}.{new}.{suffix}"), *role))
+}
+
+fn ggml_name(old: &str) -> Option<(String, Role)> {
+    if let Some((new, _)) = TOP.iter().find(|(_, canonical)| *canonical == old) {
+        return Some(((*new).to_owned(), Role::Other));
+    }
+    let (layer, part) = old.strip_prefix("model.layers.")?.split_once('.')?;
+    let (part, suffix) = part.rsplit_once('.')?;
+    let (new, _, role) = PARTS.iter().find(|(_, canonical, _)| *canonical == part)?;
+    Some((format!("blk.{layer}.{new}.{suffix}"), *role))
 }

@@ -394,26 +394,38 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// ggml's dtype numbers. Those that cannot be dequantised here keep their name
-/// and number, so that a refusal says what was found.
+/// ggml's numbers of the dtypes that are read and written here.
+const DTYPES: [(u32, SourceDtype); 16] = [
+    (0, SourceDtype::F32),
+    (1, SourceDtype::F16),
+    (2, SourceDtype::Q4_0),
+    (3, SourceDtype::Q4_1),
+    (6, SourceDtype::Q5_0),
+    (7, SourceDtype::Q5_1),
+    (8, SourceDtype::Q8_0),
+    (12, SourceDtype::Q4K),
+    (13, SourceDtype::Q5K),
+    (14, SourceDtype::Q6K),
+    (24, SourceDtype::I8),
+    (25, SourceDtype::I16),
+    (26, SourceDtype::I32),
+    (27, SourceDtype::I64),
+    (28, SourceDtype::F64),
+    (30, SourceDtype::BF16),
+];
+
+/// ggml's number of a dtype; `None` where ggml does not have it.
+pub(super) fn dtype_number(dtype: &SourceDtype) -> Option<u32> {
+    DTYPES.iter().find(|(_, d)| d == dtype).map(|(n, _)| *n)
+}
+
+/// The dtype of a number. Those that cannot be dequantised here keep their name and number,
+/// so that a refusal says what was found.
 fn dtype_from_number(number: u32) -> SourceDtype {
+    if let Some((_, dtype)) = DTYPES.iter().find(|(n, _)| *n == number) {
+        return dtype.clone();
+    }
     let name = match number {
-        0 => return SourceDtype::F32,
-        1 => return SourceDtype::F16,
-        2 => return SourceDtype::Q4_0,
-        3 => return SourceDtype::Q4_1,
-        6 => return SourceDtype::Q5_0,
-        7 => return SourceDtype::Q5_1,
-        8 => return SourceDtype::Q8_0,
-        12 => return SourceDtype::Q4K,
-        13 => return SourceDtype::Q5K,
-        14 => return SourceDtype::Q6K,
-        24 => return SourceDtype::I8,
-        25 => return SourceDtype::I16,
-        26 => return SourceDtype::I32,
-        27 => return SourceDtype::I64,
-        28 => return SourceDtype::F64,
-        30 => return SourceDtype::BF16,
         9 => "Q8_1",
         10 => "Q2_K",
         11 => "Q3_K",

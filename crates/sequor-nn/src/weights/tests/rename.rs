@@ -192,3 +192,27 @@ proptest! {
         prop_assert!(restored.equal(&original));
     }
 }
+
+#[test]
+fn rotations_are_permuted_there_and_back() {
+    let header = r#"{"q":{"dtype":"U8","shape":[8,1],"data_offsets":[0,8]}}"#;
+    let source = || {
+        let file = safetensors(header, &(0..8).collect::<Vec<u8>>());
+        Safetensors::from_bytes(file, "m", &Limits::default()).unwrap()
+    };
+    let one = |steps: Vec<Transform>| {
+        let renamed = Renamed::from_table(source(), [("q".to_owned(), ("q".to_owned(), steps))]);
+        values(&renamed.unwrap().load("q").unwrap()).1
+    };
+    // Two heads of four channels: pairs (0, 2), (1, 3) become neighbours.
+    let there = Transform::PermuteRope { heads: 2 };
+    assert_eq!(
+        one(vec![there.clone()]),
+        [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]
+    );
+    let back = Transform::UnpermuteRope { heads: 2 };
+    assert_eq!(
+        one(vec![there, back]),
+        [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    );
+}
