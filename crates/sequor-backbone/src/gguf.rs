@@ -34,6 +34,8 @@ pub fn to_json(file: &Gguf) -> Result<Value> {
         })?;
     let mut c = Map::new();
     c.insert("architectures".into(), json!([architecture]));
+    // GGUF calls these architectures as `model_type` does.
+    c.insert("model_type".into(), json!(arch));
     let ints = [
         ("context_length", "max_position_embeddings"),
         ("embedding_length", "hidden_size"),

@@ -369,7 +369,7 @@ pub struct BenchDecode {
         long,
         visible_alias = "dtypes",
         value_delimiter = ',',
-        default_value = "f32,f16,bf16,q8_0,q4_0",
+        default_value = "f32,bf16,int8,q8_0,q4_0,auto",
         value_name = "LIST"
     )]
     pub weights: Vec<String>,
@@ -382,6 +382,9 @@ pub struct BenchDecode {
     /// Threads for arithmetic [default: the machine's cores]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+    /// Without the speculative arms
+    #[arg(long)]
+    pub plain: bool,
     /// Never use the network
     #[arg(long)]
     pub offline: bool,

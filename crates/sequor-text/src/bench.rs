@@ -29,6 +29,8 @@ pub struct DecodeBench {
     pub repeats: usize,
     /// Threads for arithmetic; the machine's cores when absent.
     pub threads: Option<usize>,
+    /// Measure what speculation makes of it as well.
+    pub speculation: bool,
 }
 
 /// Median, smallest and largest of several measurements.
@@ -258,7 +260,11 @@ fn row(
         .collect();
     let prefill = run(&long, &TextOptions::greedy(1))?.report;
     let curve = pipeline.model().measure_cost()?;
-    let speculation = speculation(&pipeline, bench)?;
+    let speculation = if bench.speculation {
+        speculation(&pipeline, bench)?
+    } else {
+        Vec::new()
+    };
     let bytes = pipeline.model().decoder().bytes_per_token();
     let tokens_per_second = Spread::of(speed);
     Ok(DecodeRow {
@@ -379,10 +385,12 @@ impl fmt::Display for DecodeReport {
                 100.0 * r.sampling_share
             )?;
         }
-        writeln!(
-            f,
-            "\n| weights | task | method | tokens per call | accepted | speed over plain | same text |\n|---|---|---|---|---|---|---|"
-        )?;
+        if self.rows.iter().any(|r| !r.speculation.is_empty()) {
+            writeln!(
+                f,
+                "\n| weights | task | method | tokens per call | accepted | speed over plain | same text |\n|---|---|---|---|---|---|---|"
+            )?;
+        }
         for r in &self.rows {
             for s in &r.speculation {
                 writeln!(

@@ -189,7 +189,15 @@ impl Model {
                 let mut values = config_values(&self.config)?;
                 if self.path.join("tokenizer.json").exists() {
                     let tokenizer = load_tokenizer(&self.path)?;
-                    values.extend(tokenizer_values(GgufVocab::from_tokenizer(&tokenizer)?));
+                    let mut vocab = GgufVocab::from_tokenizer(&tokenizer)?;
+                    // A table of embeddings is often larger than the vocabulary; GGUF counts
+                    // its rows by the tokens.
+                    let rows = self.config.vocab_size as usize;
+                    for id in vocab.tokens.len()..rows {
+                        vocab.tokens.push(format!("[PAD{id}]"));
+                        vocab.token_types.iter_mut().for_each(|t| t.push(5));
+                    }
+                    values.extend(tokenizer_values(vocab));
                 } else {
                     let none = GgufValue::String("none".to_owned());
                     values.insert("tokenizer.ggml.model".to_owned(), none);

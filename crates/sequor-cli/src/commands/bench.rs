@@ -28,6 +28,7 @@ pub fn run(a: &BenchDecode) -> Result {
                 tokens: a.tokens,
                 repeats: a.repeats,
                 threads: a.threads,
+                speculation: !a.plain,
             };
             bench_decode(&path, &bench, |line| eprintln!("{line}"))?
         }
@@ -61,6 +62,7 @@ fn one_process_each(a: &BenchDecode, weights: &[Weights]) -> Result<DecodeReport
                 .flat_map(|n| ["--threads".to_owned(), n.to_string()]),
         );
         child.args(a.offline.then_some("--offline"));
+        child.args(a.plain.then_some("--plain"));
         let output = child.stderr(Stdio::inherit()).output().map_err(failure)?;
         if !output.status.success() {
             return Err(Exit::Failure(format!(
