@@ -9,6 +9,7 @@
 
 mod decoding;
 mod heads;
+mod quantizers;
 
 use sequor_nn::weights::{Safetensors, TensorSource};
 use sequor_nn::{Kind, Tensor};
@@ -30,7 +31,10 @@ pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// The class of a case, if this workspace supports it.
 pub fn supported(case: &Value) -> bool {
     let class = case["class"].as_str().unwrap_or("");
-    is_decoder(class) || decoding::CLASSES.contains(&class) || heads::CLASSES.contains(&class)
+    is_decoder(class)
+        || decoding::CLASSES.contains(&class)
+        || heads::CLASSES.contains(&class)
+        || quantizers::CLASSES.contains(&class)
 }
 
 fn is_decoder(class: &str) -> bool {
@@ -65,6 +69,9 @@ pub fn run(dir: &Path) -> Result<Outputs> {
     }
     if heads::CLASSES.contains(&class) {
         return heads::run(class, dir, &inputs);
+    }
+    if quantizers::CLASSES.contains(&class) {
+        return quantizers::run(class, dir, &inputs);
     }
     // Options of a case without a network stand in its config.
     let mut options = sequor_backbone::causal_lm::read_json(&dir.join("config.json"))?;

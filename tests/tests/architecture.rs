@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Floors as in the table of `docs/architecture.md`.
-const FLOORS: [(&str, u32); 12] = [
+const FLOORS: [(&str, u32); 13] = [
     ("sequor-kernels", 0),
     ("sequor-tokenizers", 0),
     ("sequor-nn", 1),
     ("sequor-sampling", 2),
+    ("sequor-vq", 2),
     ("sequor-backbone", 3),
     ("sequor-data", 4),
     ("sequor-eval", 4),

@@ -11,6 +11,7 @@ pub(super) const BLOCK: usize = 32;
 /// Rows with at least this many numbers are converted by several threads.
 const PARALLEL: usize = 1 << 16;
 
+#[allow(clippy::large_enum_variant)] // one for a product, on the stack
 pub(super) enum Prepared<'a> {
     Bf16(Bf16Rows),
     Int8(Int8Rows<'a>),
